@@ -21,7 +21,6 @@ Generation = Literal["preview", "v1", "v1.5", "flash"]
 RopeType = Literal["plain", "linear", "dynamic", "yarn", "3D", "video_rope"]
 GENERATIONS: tuple[Generation, ...] = get_args(Generation)
 
-
 # Stored by upstream, without effect on inference (or, for flash, fixed in code whatever the file says).
 _UNUSED_KEYS = """
     _attn_implementation _name_or_path add_cross_attention architectures attention_dropout auto_map

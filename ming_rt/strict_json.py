@@ -1,7 +1,7 @@
 """JSON from checkpoints and requests, parsed with limits and read with types.
 
 The standard parser accepts duplicate keys (the last wins), NaN and arbitrarily deep nesting; in a file
-that somebody else wrote each of these is either damage or an attack. ``Fields`` then reads an object key by key.
+that somebody else wrote each of these is damage or an attack. ``Fields`` reads an object key by key.
 """
 
 from __future__ import annotations
