@@ -1,0 +1,35 @@
+"""Bench rows of rms_norm and layer_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ming_rt import ops
+from ming_rt.bench.timing import Case
+
+
+def cases(generator: torch.Generator) -> Iterator[Case]:
+    """Residual-fused RMSNorm of both backbones, the vision tower's, and the audio encoder's LayerNorm."""
+    for rows, dim in [(1, 2048), (16, 2048), (512, 2048), (1, 4096), (512, 4096), (1024, 1280)]:
+        x = torch.randn(rows, dim, generator=generator).bfloat16()
+        residual, weight = torch.randn_like(x), torch.ones(dim, dtype=x.dtype)
+        yield Case(
+            "rms_norm+residual",
+            f"{rows}x{dim}",
+            "bf16",
+            lambda: ops.rms_norm(x, weight, 1e-6, residual=residual),  # noqa: B023
+            lambda: ops.rms_norm_torch(x, weight, 1e-6, residual=residual),  # noqa: B023
+            bytes=x.numel() * 8,
+        )
+    x = torch.randn(1500, 1280, generator=generator).bfloat16()
+    weight, bias = torch.ones(1280, dtype=x.dtype), torch.zeros(1280, dtype=x.dtype)
+    yield Case(
+        "layer_norm",
+        "1500x1280",
+        "bf16",
+        lambda: ops.layer_norm(x, weight, bias, 1e-5),
+        lambda: ops.layer_norm_torch(x, weight, bias, 1e-5),
+        bytes=x.numel() * 4,
+    )

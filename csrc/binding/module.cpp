@@ -1,0 +1,23 @@
+// The extension module ming_rt._cpu: registration only.
+#include <pybind11/pybind11.h>
+
+#include "common/cpu_dispatch.h"
+#include "common/thread_pool.h"
+
+namespace py = pybind11;
+
+namespace ming::binding {
+void register_norm(py::module_& m);
+}  // namespace ming::binding
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace ming;
+  m.doc() = "CPU kernels of ming_rt; called through ming_rt.ops, which documents them.";
+  m.def("isa", [] { return isa_name(active_isa()); });
+  m.def("best_isa", [] { return isa_name(best_isa()); });
+  m.def("set_isa", [](const char* name) { set_isa(isa_from_name(name)); });
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads);
+
+  binding::register_norm(m);
+}

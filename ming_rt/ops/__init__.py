@@ -1,0 +1,54 @@
+"""The typed Python face of every kernel: one function per op, torch tensors in and out.
+
+Beside each ``op`` stands ``op_torch``: the same contract as a plain torch composition, which is the readable
+definition, the reference of the tests and the baseline of the benches.
+"""
+
+from __future__ import annotations
+
+from ming_rt.ops._native import cpu as _cpu
+from ming_rt.ops.norm import layer_norm, layer_norm_torch, rms_norm, rms_norm_torch
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+def isa() -> str:
+    """The instruction set the kernels run with: ``portable``, ``avx2`` or ``avx512``."""
+    return _cpu.isa()
+
+
+def set_isa(name: str) -> None:
+    """Use a lower instruction set than the best one (also: environment variable ``MING_RT_ISA``).
+
+    Raises ValueError for an unknown name or one this CPU lacks.
+    """
+    _cpu.set_isa(name)
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets this CPU can run, worst first."""
+    return ISAS[: ISAS.index(_cpu.best_isa()) + 1]
+
+
+def num_threads() -> int:
+    """Threads a kernel uses, the calling one included."""
+    return _cpu.num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Set the kernels' thread count, 1..1024 (also: environment variable ``MING_RT_THREADS``)."""
+    _cpu.set_num_threads(n)
+
+
+__all__ = [
+    "ISAS",
+    "available_isas",
+    "isa",
+    "layer_norm",
+    "layer_norm_torch",
+    "num_threads",
+    "rms_norm",
+    "rms_norm_torch",
+    "set_isa",
+    "set_num_threads",
+]

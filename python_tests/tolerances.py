@@ -1,0 +1,31 @@
+"""The one table of numeric tolerances. Tests name a row; no test carries numbers of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    atol: float
+    rtol: float
+
+
+TABLE = {
+    # An op against its float64 reference or its torch composition, outputs of order one.
+    ("op", torch.float32): Tolerance(2e-5, 2e-5),
+    ("op", torch.bfloat16): Tolerance(8e-3, 8e-3),
+    # Recorded outputs of the original implementation, fp32.
+    ("golden_logits", torch.float32): Tolerance(1e-3, 0.0),
+    ("golden_norm", torch.float32): Tolerance(0.0, 1e-5),
+}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, row: str = "op") -> None:
+    """Compare against the table row for ``actual.dtype`` (or its float32 row where the dtype has none)."""
+    tol = TABLE.get((row, actual.dtype)) or TABLE[row, torch.float32]
+    torch.testing.assert_close(
+        actual.double(), expected.double(), atol=tol.atol, rtol=tol.rtol, equal_nan=False, check_device=False
+    )
