@@ -99,15 +99,10 @@ setup(
     cmdclass={"build_ext": NinjaBuild},
     packages=[
         "ming_rt",
-        "ming_rt.ops",
-        "ming_rt.layers",
-        "ming_rt.models",
-        "ming_rt.runtime",
-        "ming_rt.inputs",
-        "ming_rt.pipelines",
         "ming_rt.bench",
         "ming_rt.bench.ops",
-    ],  # fmt: skip
+        *(f"ming_rt.{p.parent.name}" for p in ROOT.glob("ming_rt/*/__init__.py")),
+    ],
     # The benches live at the top level but ship with the package, so that `ming-rt bench` works anywhere.
     package_dir={"ming_rt.bench": "bench"},
 )

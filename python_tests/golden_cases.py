@@ -1,7 +1,7 @@
 """Finds the golden cases: directories of recorded inputs and outputs of the original implementation.
 
-The root is the environment variable ``MING_RT_GOLDEN``, or ``python_tests/golden``. Cases are recognised by the
-files and keys they hold, never by their names, so that any other set of such cases can be tested.
+The root is the environment variable ``MING_RT_GOLDEN``, or ``python_tests/golden``. Cases are recognised by
+the files and keys they hold, never by their names, so that any other set of such cases can be tested.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from ming_rt import ops
-from ming_rt.bench.timing import Case
+
+from ..timing import Case
 
 
 def cases(generator: torch.Generator) -> Iterator[Case]:
