@@ -1,0 +1,1 @@
+"""Turning a conversation into model inputs: text, chat prompt, pictures, sound and video."""
