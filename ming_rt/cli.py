@@ -1,0 +1,300 @@
+"""The ``ming-rt`` command.
+
+Exit codes: 0 success, 1 an error the user can act on (one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ming_rt import __version__
+from ming_rt.errors import MingError
+
+if TYPE_CHECKING:
+    from ming_rt.pipelines.events import Done
+    from ming_rt.pipelines.session import Session
+
+GENERATIONS = ("preview", "v1", "v1.5", "flash")
+CHAT_HELP = """\
+/image PATH   add a picture to the next message     /reset   forget the conversation
+/audio PATH   add sound to the next message         /quit    leave (or Ctrl-D)
+/video PATH   add a video to the next message       /help    this text"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except MingError as error:
+        print(f"ming-rt: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone; nothing more can be said to it.
+        sys.stderr.close()
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="ming-rt", description="Run inclusionAI's Ming omni-modal models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"ming-rt {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    chat = _command(commands, "chat", run_chat, "ask a model about text, pictures, sound and video")
+    _add_model_options(chat)
+    chat.add_argument("prompt", nargs="?", help="one question; without it, an interactive conversation")
+    for kind in ("image", "audio", "video"):
+        chat.add_argument(
+            f"--{kind}", action="append", default=[], metavar="PATH", help=f"{kind} to ask about"
+        )
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--thinking", action="store_true", help="ask the model to reason before it answers")
+    _add_sampling_options(chat)
+
+    transcribe = _command(commands, "transcribe", run_transcribe, "write down what is said in a recording")
+    _add_model_options(transcribe)
+    transcribe.add_argument("audio", help="sound file")
+    transcribe.add_argument("--language", help="language that is spoken (default: the model decides)")
+    transcribe.add_argument("--context", help="topic or words the recording may contain")
+
+    info = _command(commands, "info", run_info, "show what a checkpoint holds and what it needs")
+    info.add_argument("model", help="checkpoint directory")
+    info.add_argument("--json", action="store_true", help="machine-readable")
+
+    demo = _command(commands, "demo", run_demo, "make a tiny random model and let it see, hear and answer")
+    demo.add_argument(
+        "--generation", choices=GENERATIONS, default="v1.5", help="model generation (default v1.5)"
+    )
+    demo.add_argument("--max-tokens", type=int, default=48, metavar="N", help="answer length (default 48)")
+
+    bench = _command(commands, "bench", run_bench, "measure kernels, thinker and loading against torch")
+    bench.add_argument("parts", nargs="*", metavar="PART", help="ops, thinker, load (default: all)")
+    bench.add_argument(
+        "--only", default="", metavar="TEXT", help="only rows whose 'op shape dtype' holds TEXT"
+    )
+    bench.add_argument("--threads", type=int, default=2, metavar="N", help="for both sides (default 2)")
+    bench.add_argument("--seconds", type=float, default=0.5, metavar="S", help="per row (default 0.5)")
+    bench.add_argument("--out", default="bench-results", metavar="DIR", help="folder of table and plot")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="checkpoint directory, or demo[:GENERATION] for the random demo model")
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype"
+    )
+    group.add_argument("--device", default="auto", help="auto or cpu")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    group.add_argument("--stats", action="store_true", help="print timings to stderr")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (default: greedy)")
+    group.add_argument("--temperature", type=float, metavar="T")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, metavar="R")
+    group.add_argument("--no-repeat-ngram-size", type=int, metavar="N")
+    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT")
+    group.add_argument("--max-tokens", type=int, metavar="N")
+
+
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "seed",
+    "stop",
+    "max_tokens",
+)
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in SAMPLING}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _load(arguments: argparse.Namespace) -> Session:
+    import ming_rt
+
+    return ming_rt.load(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _stream(session: Session, messages: list[dict], options: dict[str, Any]) -> Done:
+    """Print an answer as it comes."""
+    for event in session.chat(messages, stream=True, **options):
+        if hasattr(event, "finish_reason"):
+            print(flush=True)
+            return event
+        print(event.text, end="", flush=True)
+    raise AssertionError("a stream ends with Done")
+
+
+def _stats(done: Done) -> str:
+    t, u = done.timings, done.usage
+    rate = f"{t.decode_tokens_per_second:.1f} tok/s" if t.decode_tokens_per_second else "-"
+    ttft = f"{1e3 * t.ttft:.0f} ms" if t.ttft is not None else "-"
+    return (
+        f"prompt {u.prompt_tokens} tokens ({u.cached_tokens} cached), answer {u.completion_tokens} tokens, "
+        f"encode {1e3 * t.encode:.0f} ms, TTFT {ttft}, decode {rate}, {done.finish_reason}"
+    )
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    """``ming-rt chat``: one question, or a conversation read from the terminal."""
+    options = _sampling(arguments)
+    if arguments.thinking:
+        options["thinking"] = True
+    start = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    parts = [
+        {"type": kind, kind: path}
+        for kind in ("image", "audio", "video")
+        for path in getattr(arguments, kind)
+    ]
+    with _load(arguments) as session:
+        if arguments.prompt is not None:
+            content = [*parts, {"type": "text", "text": arguments.prompt}]
+            done = _stream(session, [*start, {"role": "user", "content": content}], options)
+            if arguments.stats:
+                print(_stats(done), file=sys.stderr)
+            return 0
+        return _converse(session, start, parts, options, arguments.stats)
+
+
+def _converse(session: Session, start: list[dict], parts: list[dict], options: dict, stats: bool) -> int:
+    messages = list(start)
+    if sys.stdin.isatty():
+        print(CHAT_HELP)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return 0
+        if command == "/help":
+            print(CHAT_HELP)
+        elif command == "/reset":
+            messages, parts = list(start), []
+        elif command in ("/image", "/audio", "/video") and rest:
+            parts.append({"type": command[1:], command[1:]: rest.strip()})
+        elif line.startswith("/"):
+            print(f"unknown command {command}; /help lists them", file=sys.stderr)
+        elif line:
+            turn = {"role": "user", "content": [*parts, {"type": "text", "text": line}]}
+            try:
+                done = _stream(session, [*messages, turn], options)
+            except MingError as error:
+                # The conversation goes on as if the turn had not been said.
+                print(f"ming-rt: {error}", file=sys.stderr)
+                continue
+            finally:
+                parts = []
+            messages += [turn, {"role": "assistant", "content": done.text}]
+            if stats:
+                print(_stats(done), file=sys.stderr)
+
+
+def run_transcribe(arguments: argparse.Namespace) -> int:
+    """``ming-rt transcribe``: text to stdout, language and timings to stderr on request."""
+    with _load(arguments) as session:
+        result = session.transcribe(arguments.audio, language=arguments.language, context=arguments.context)
+    print(result.text)
+    if arguments.stats:
+        print(f"language {result.language or '-'}, {_stats(result)}", file=sys.stderr)
+    return 0
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """``ming-rt info``: a checkpoint's parts, sizes and needs, without loading it."""
+    from ming_rt.runtime.info import checkpoint_info
+
+    report = checkpoint_info(Path(arguments.model))
+    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report.render())
+    return 0
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """``ming-rt demo``: the whole path once, on a model that costs seconds to make."""
+    import time
+
+    import ming_rt
+    from ming_rt import demo
+
+    directory = demo.default_checkpoint(arguments.generation)
+    media = demo.demo_media(directory.parent / "media")
+    print(
+        f"A tiny Ming {arguments.generation} model with RANDOM weights: it sees, hears and answers for real,"
+    )
+    print(f"but its words mean nothing. Checkpoint: {directory}")
+    begin = time.perf_counter()
+    with ming_rt.load(directory) as session:
+        print(f"loaded in {1e3 * (time.perf_counter() - begin):.0f} ms")
+        for kind, question in (
+            ("image", "What is in this picture?"),
+            ("audio", "What do you hear?"),
+            ("video", "What happens in this video?"),
+        ):
+            path = getattr(media, kind)
+            print(f"\n[{kind}] {path.name}: {question}\n")
+            content = [{"type": kind, kind: str(path)}, {"type": "text", "text": question}]
+            done = _stream(
+                session, [{"role": "user", "content": content}], {"max_tokens": arguments.max_tokens}
+            )
+            print(f"\n{_stats(done)}")
+    return 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """``ming-rt bench``: rows to stderr as they come, then table, data and picture into ``--out``."""
+    from ming_rt.bench import run
+
+    unknown = set(arguments.parts) - set(run.PARTS)
+    if unknown:
+        print(
+            f"ming-rt bench: unknown part {sorted(unknown)[0]!r}; expected {', '.join(run.PARTS)}",
+            file=sys.stderr,
+        )
+        return 2
+    report = run.run(
+        tuple(arguments.parts) or run.PARTS, arguments.threads, arguments.only, arguments.seconds
+    )
+    if not report.rows:
+        print(f"ming-rt bench: no row matches {arguments.only!r}", file=sys.stderr)
+        return 1
+    print(report.markdown())
+    for path in report.write(Path(arguments.out)):
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
