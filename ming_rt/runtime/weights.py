@@ -1,0 +1,343 @@
+"""Weight sources: where a model's constructor gets its tensors from.
+
+Constructors ask a ``WeightSource`` for each tensor by its checkpoint name and full shape, once. The same
+constructor thereby validates a checkpoint and plans its memory (``PlanSource``), loads it
+(``CheckpointSource``), fills itself with random numbers (``RandomSource``) or tells which tensors a
+checkpoint needs (``RecordingSource``).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from ming_rt.errors import WeightsError
+from ming_rt.runtime.checkpoint import FLOAT_DTYPES, THINKER_PREFIXES, Checkpoint, TensorInfo
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointSource",
+    "PlanSource",
+    "RandomSource",
+    "RecordingSource",
+    "Shard",
+    "TensorInfo",
+    "WeightSource",
+    "load",
+]
+
+Shard = tuple[int, int, int]  # dim, rank, world: the rank's equal share of that dim
+Progress = Callable[[int, int], None]  # bytes done, bytes in total
+T = TypeVar("T")
+
+# Pages of consumed tensors are given back once this much has piled up.
+_DROP_BYTES = 16 << 20
+
+
+class WeightSource(Protocol):
+    """What model constructors need. ``dtype`` is the compute dtype, ``rank`` of ``world`` the split."""
+
+    dtype: torch.dtype
+    rank: int
+    world: int
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds this tensor (for those that are optional)."""
+        ...
+
+    def tensor(
+        self, name: str, shape: Iterable[int], dtype: torch.dtype | None = None, shard: Shard | None = None
+    ) -> torch.Tensor:
+        """The tensor ``name`` of full shape ``shape``; raises WeightsError if it is missing or different.
+
+        With ``dtype`` the result is converted, contiguous and owned by the caller. Without, it keeps the
+        stored dtype and may be a view of the mapped file: for packing at once, not for keeping.
+        ``shard`` takes one rank's share of a dim.
+        """
+        ...
+
+
+def sharded(shape: Iterable[int], shard: Shard | None) -> tuple[int, ...]:
+    """The shape of a rank's share."""
+    dims = list(shape)
+    if shard is not None:
+        dim, rank, world = shard
+        if dims[dim] % world or not 0 <= rank < world:
+            raise ValueError(
+                f"shard {shard} of shape {tuple(dims)}: the dim does not divide into {world} shares"
+            )
+        dims[dim] //= world
+    return tuple(dims)
+
+
+def take_shard(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """A rank's share as a view."""
+    if shard is None:
+        return tensor
+    dim, rank, _ = shard
+    size = sharded(tensor.shape, shard)[dim]
+    return tensor.narrow(dim, rank * size, size)
+
+
+class PlanSource:
+    """Meta tensors; remembers what was asked for.
+
+    ``check()`` compares that with the checkpoint before any data are read; ``nbytes`` and ``parameters``
+    count what the model will hold.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.dtype, self.rank, self.world = dtype, rank, world
+        self.checkpoint = checkpoint
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.nbytes = 0
+        self.parameters = 0
+        self._twice: list[str] = []
+
+    def has(self, name: str) -> bool:
+        return self.checkpoint is not None and name in self.checkpoint.tensors
+
+    def tensor(
+        self, name: str, shape: Iterable[int], dtype: torch.dtype | None = None, shard: Shard | None = None
+    ) -> torch.Tensor:
+        full = tuple(shape)
+        part = sharded(full, shard)
+        if name in self.shapes:
+            self._twice.append(name)
+        else:
+            self.shapes[name] = full
+            self.parameters += math.prod(full)
+            self.nbytes += math.prod(part) * (dtype or self.dtype).itemsize
+        stored = self.checkpoint.tensors.get(name) if self.checkpoint else None
+        stored_dtype = FLOAT_DTYPES.get(stored.dtype) if stored else None
+        return torch.empty(part, dtype=dtype or stored_dtype or self.dtype, device="meta")
+
+    def problems(self) -> list[str]:
+        """Everything wrong: the files' own damage, then missing, malformed and unexpected tensors."""
+        if self.checkpoint is None:
+            return []
+        tensors = self.checkpoint.tensors
+        found = list(self.checkpoint.problems)
+        found += [f"{name}: asked for twice" for name in self._twice]
+        for name, shape in self.shapes.items():
+            info = tensors.get(name)
+            if info is None:
+                found.append(f"{name}: missing, expected shape {list(shape)}")
+            elif info.shape != shape:
+                found.append(f"{name}: shape {list(info.shape)}, expected {list(shape)}")
+            elif info.dtype not in FLOAT_DTYPES:
+                found.append(f"{name}: stored as {info.dtype}, expected F32, F16 or BF16")
+        loaded = {name.split(".", 1)[0] + "." for name in self.shapes}
+        for info in self.checkpoint.under(loaded):
+            if info.name not in self.shapes:
+                found.append(f"{info.name}: unexpected (shape {list(info.shape)} in {info.file})")
+        return found
+
+    def check(self) -> None:
+        """Raises one WeightsError naming everything missing, unexpected or malformed."""
+        problems = self.problems()
+        if problems:
+            raise WeightsError(problems)
+
+
+class CheckpointSource:
+    """Tensors of a checkpoint, straight from the mapped files.
+
+    File pages are given back as soon as their tensor was handed on, so that reading adds a few MB to the
+    tensors kept. ``progress`` is called with the stored bytes done and in total.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+        rank: int = 0,
+        world: int = 1,
+        total_bytes: int | None = None,
+    ) -> None:
+        self.dtype, self.rank, self.world = dtype, rank, world
+        self.checkpoint = checkpoint
+        self.progress = progress
+        self.done_bytes = 0
+        self.total_bytes = (
+            sum(info.nbytes for info in checkpoint.under(THINKER_PREFIXES))
+            if total_bytes is None
+            else total_bytes
+        )
+        self._used: list[str] = []
+        self._used_bytes = 0
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def tensor(
+        self, name: str, shape: Iterable[int], dtype: torch.dtype | None = None, shard: Shard | None = None
+    ) -> torch.Tensor:
+        info, full = self.checkpoint.tensors.get(name), tuple(shape)
+        if info is None:
+            raise WeightsError(f"{name}: missing, expected shape {list(full)}")
+        if info.shape != full:
+            raise WeightsError(f"{name}: shape {list(info.shape)}, expected {list(full)}")
+        self._drop_used()
+        view = take_shard(self.checkpoint.view(name), shard)
+        self.done_bytes += info.nbytes
+        if self.progress:
+            self.progress(self.done_bytes, self.total_bytes)
+        if dtype is None:
+            self._used.append(name)
+            self._used_bytes += info.nbytes
+            return view
+        return self._copy(info, view, dtype)
+
+    def finish(self) -> None:
+        """Gives the last pages back; views handed out stay valid (they are read again if used)."""
+        self._drop_used(least=0)
+
+    def _drop_used(self, least: int = _DROP_BYTES) -> None:
+        if self._used_bytes > least:
+            for name in self._used:
+                self.checkpoint.advise(name, mmap.MADV_DONTNEED)
+            self._used, self._used_bytes = [], 0
+
+    def _copy(self, info: TensorInfo, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Converts piece by piece, giving pages back in between."""
+        out = torch.empty(view.shape, dtype=dtype)
+        rows = view.shape[0] if view.dim() else 1
+        step = max(1, rows * _DROP_BYTES // max(1, info.nbytes))
+        if step >= rows:
+            out.copy_(view)
+        else:
+            for row in range(0, rows, step):
+                out[row : row + step].copy_(view[row : row + step])
+                self.checkpoint.advise(info.name, mmap.MADV_DONTNEED)
+        self._used.append(info.name)
+        self._used_bytes += info.nbytes
+        return out
+
+
+def default_scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that keep a random model's activations near one in any dtype."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "expert_bias":
+        return 0.0, 0.02
+    if leaf == "positional_embedding":
+        return 0.0, 0.1
+    if len(shape) == 1:
+        return (1.0, 0.05) if leaf == "weight" else (0.0, 0.02)
+    return 0.0, 1.0 / math.sqrt(math.prod(shape[1:]))
+
+
+class RandomSource:
+    """Normal random tensors, a function of seed and name only. For benches and the demo checkpoint.
+
+    Tensors above ``_POOL`` values repeat a common pool from a name-dependent place: good enough for
+    timing, and filled at the speed of a copy.
+    """
+
+    _POOL = (1 << 18) + 7  # not a multiple of any row length, so that rows differ
+
+    def __init__(
+        self,
+        seed: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        scale: Callable[[str, tuple[int, ...]], tuple[float, float]] = default_scale,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.dtype, self.rank, self.world = dtype, rank, world
+        self.seed, self.scale = seed, scale
+        self._pool = self._normal("", self._POOL)
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def tensor(
+        self, name: str, shape: Iterable[int], dtype: torch.dtype | None = None, shard: Shard | None = None
+    ) -> torch.Tensor:
+        full = tuple(shape)
+        mean, std = self.scale(name, full)
+        count = math.prod(full)
+        if count <= self._POOL:
+            values = self._normal(name, count) * std + mean
+            whole = values.to(dtype or self.dtype)
+        else:
+            pool = (self._pool * std + mean).to(dtype or self.dtype)
+            start = zlib.crc32(name.encode()) % self._POOL
+            repeats = -(-(start + count) // self._POOL)
+            whole = pool.expand(repeats, -1).reshape(-1)[start : start + count]
+        part = take_shard(whole.view(full), shard)
+        return part.contiguous() if dtype is not None else part
+
+    def _normal(self, name: str, count: int) -> torch.Tensor:
+        # numpy's generators give the same numbers on every instruction set; torch's do not promise it.
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
+        return torch.from_numpy(generator.standard_normal(count, dtype=np.float32))
+
+
+class RecordingSource:
+    """Makes every tensor a constructor asks for and keeps it in ``tensors`` under its checkpoint name.
+
+    The constructor itself gets meta tensors: nothing is packed or computed.
+
+    Args:
+        source: makes the values.
+        stored: the on-disk dtype of a tensor, by name.
+    """
+
+    world, rank = 1, 0
+
+    def __init__(self, source: WeightSource, stored: Callable[[str], torch.dtype]) -> None:
+        self.source, self.stored, self.dtype = source, stored, source.dtype
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def has(self, name: str) -> bool:
+        return self.source.has(name)
+
+    def tensor(
+        self, name: str, shape: Iterable[int], dtype: torch.dtype | None = None, shard: Shard | None = None
+    ) -> torch.Tensor:
+        stored = self.stored(name)
+        self.tensors[name] = self.source.tensor(name, shape, torch.float32).to(stored)
+        return torch.empty(sharded(shape, shard), dtype=dtype or stored, device="meta")
+
+
+def load(
+    build: Callable[[WeightSource], T],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress | None = None,
+) -> T:
+    """Builds a model from a checkpoint: every tensor is accounted for before the first byte is read.
+
+    Args:
+        build: calls the model's constructor with the source it is given; called twice.
+        dtype: compute dtype, torch.float32 or torch.bfloat16.
+        progress: called with the stored bytes done and in total.
+
+    Raises:
+        WeightsError: names everything missing, unexpected or malformed.
+    """
+    plan = PlanSource(checkpoint, dtype, rank, world)
+    build(plan)
+    plan.check()
+    total = sum(checkpoint.tensors[name].nbytes for name in plan.shapes)
+    source = CheckpointSource(checkpoint, dtype, progress, rank, world, total_bytes=total)
+    model = build(source)
+    source.finish()
+    return model
