@@ -6,7 +6,8 @@ try:
     from ming_rt import _cpu as cpu
 except ImportError as error:
     raise ImportError(
-        f"ming_rt was installed without its native extension ({error}); reinstall it with `pip install .`"
+        f"ming_rt has no compiled kernels here ({error}); install it with `pip install .`, or with "
+        "`pip install -e .` to run from the source tree"
     ) from error
 
 __all__ = ["cpu"]
