@@ -24,14 +24,17 @@ def rms_norm(
     Returns:
         y [..., D], or (y, r) when a residual is given.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = torch.empty(rows.shape, dtype=x.dtype)
+    if x.dim() != 2:
+        flat = None if residual is None else residual.reshape(-1, x.shape[-1])
+        out = rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, weight_in_fp32=weight_in_fp32, residual=flat)
+        return out.view(x.shape) if residual is None else (out[0].view(x.shape), out[1].view(x.shape))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
-        cpu.rms_norm(rows, weight, y, None, None, eps, weight_in_fp32)
-        return y.view(x.shape)
-    total = torch.empty(rows.shape, dtype=x.dtype)
-    cpu.rms_norm(rows, weight, y, residual.reshape(rows.shape), total, eps, weight_in_fp32)
-    return y.view(x.shape), total.view(x.shape)
+        cpu.rms_norm(x, weight, y, None, None, eps, weight_in_fp32)
+        return y
+    total = torch.empty_like(y)
+    cpu.rms_norm(x, weight, y, residual, total, eps, weight_in_fp32)
+    return y, total
 
 
 def rms_norm_torch(
