@@ -52,7 +52,9 @@ def scatter(
     """
     ids = np.asarray(input_ids)
     if images is not None and videos is not None and config.image_patch_token == config.video_patch_token:
-        raise UnsupportedError(f"Ming {config.generation} cannot take images and videos in one prompt; send one kind")
+        raise UnsupportedError(
+            f"Ming {config.generation} cannot take images and videos in one prompt; send one kind"
+        )
     rows: list[np.ndarray] = []
     feats: list[torch.Tensor] = []
     visual = (("image", images, config.image_patch_token), ("video", videos, config.video_patch_token))

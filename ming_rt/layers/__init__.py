@@ -1,0 +1,1 @@
+"""Building blocks of the models: weights read from a ``WeightSource``, arithmetic from ``ming_rt.ops``."""

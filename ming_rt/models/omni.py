@@ -1,0 +1,145 @@
+"""The whole model: encoders turn media into unit-length rows, the thinker reads them among the words.
+
+A prompt takes two steps before the engine: ``plan`` (positions and routers, cheap) and ``encode`` (the encoders).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ming_rt.config import AudioConfig, OmniConfig, WhisperConfig
+from ming_rt.errors import UnsupportedError
+from ming_rt.layers.attention import Tap
+from ming_rt.layers.linear import Replicated
+from ming_rt.models.audio_sanm import SanmEncoder
+from ming_rt.models.audio_whisper import WhisperEncoder
+from ming_rt.models.fusion import MediaEmbeds, router_modality, scatter
+from ming_rt.models.positions import position_ids
+from ming_rt.models.projector import AudioProjector, VisionProjector, l2_normalize
+from ming_rt.models.thinker import Thinker
+from ming_rt.models.vision import VisionTower
+from ming_rt.runtime.comm import Comm
+from ming_rt.runtime.weights import WeightSource
+
+if TYPE_CHECKING:
+    from ming_rt.inputs.processor import Prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Positions i32 ``[3, S]``, router per token u8 ``[S]``, and the offset of generated tokens.
+
+    The token decoded with ``n`` tokens in the cache has position ``n + delta`` on all axes and the text router.
+    """
+
+    positions: np.ndarray
+    delta: int
+    modality: np.ndarray
+
+
+class VisionEncoder:
+    """Vision tower and projector (``linear_proj``)."""
+
+    def __init__(self, config: OmniConfig, src: WeightSource) -> None:
+        assert config.vision is not None
+        self.tower = VisionTower(config.vision, src)
+        self.projector = VisionProjector(
+            src, "linear_proj", config.vision.out_hidden_size, config.thinker.hidden_size, config.mlp_depth
+        )
+
+    def __call__(self, pixels: torch.Tensor, grid_thw: np.ndarray, tap: Tap | None = None) -> torch.Tensor:
+        """Patches f32 ``[N, patch_dim]``, grids ``[n, 3]`` -> unit rows ``[N / 4, H]``."""
+        return l2_normalize(self.projector(self.tower(pixels, grid_thw, tap)))
+
+
+class AudioEncoder:
+    """Whisper or SANM encoder and its projector."""
+
+    def __init__(self, config: AudioConfig, src: WeightSource, hidden: int, depth: int) -> None:
+        self.config = config
+        kind = WhisperEncoder if isinstance(config, WhisperConfig) else SanmEncoder
+        self.encoder: WhisperEncoder | SanmEncoder = kind(config, src)
+        self.projector = AudioProjector(
+            src,
+            config.proj_prefix,
+            config.output_size,
+            hidden,
+            depth,
+            config.ds_kernel_size,
+            config.ds_stride,
+        )
+
+    def __call__(self, segments: list[torch.Tensor], tap: Tap | None = None) -> list[torch.Tensor]:
+        """All segments of one request, f32 ``[T_i, F]`` -> rows ``[L_i, H]`` of each."""
+        features = self.encoder.lengths([len(segment) for segment in segments])
+        projected = self.projector(self.encoder(segments, tap))
+        rows = [item[: self.projector.length(count)] for item, count in zip(projected, features, strict=True)]
+        return [l2_normalize(item) for item in rows] if self.config.norm_query_embeds else rows
+
+
+class Omni:
+    """All parts the checkpoint has: ``thinker``, ``vision`` or None, and ``audio`` by encoder name.
+
+    Ranks share the thinker; every rank that encodes media holds whole encoders.
+    """
+
+    def __init__(self, config: OmniConfig, src: WeightSource, comm: Comm | None = None) -> None:
+        self.config = config
+        whole = Replicated(src)
+        hidden, depth = config.thinker.hidden_size, config.mlp_depth
+        self.vision = VisionEncoder(config, whole) if config.vision else None
+        self.audio = {name: AudioEncoder(part, whole, hidden, depth) for name, part in config.audio.items()}
+        self.thinker = Thinker(config.thinker, src, comm)
+
+    def plan(self, prompt: Prompt) -> Plan:
+        """Positions and routers of a prompt.
+
+        Raises:
+            InvalidRequestError: placeholders, grids and spans contradict each other.
+        """
+        positions, delta = position_ids(
+            self.config.thinker,
+            prompt.input_ids[None],
+            image_grid_thw=prompt.image_grid_thw,
+            video_grid_thw=prompt.video_grid_thw,
+        )
+        has_vision = prompt.pixel_values is not None or prompt.pixel_values_videos is not None
+        modality = router_modality(self.config.thinker, prompt.input_ids, has_vision, prompt.audio_spans)
+        return Plan(positions[:, 0].astype(np.int32), int(delta[0]), modality)
+
+    def encode(self, prompt: Prompt) -> MediaEmbeds | None:
+        """Features of all media of a prompt with the tokens they replace; None for a text prompt.
+
+        Raises:
+            UnsupportedError: the checkpoint has no encoder for a medium of the prompt.
+            InvalidRequestError: feature and placeholder counts differ.
+        """
+        return scatter(
+            self.config.thinker,
+            prompt.input_ids,
+            images=self._see(prompt.pixel_values, prompt.image_grid_thw),
+            videos=self._see(prompt.pixel_values_videos, prompt.video_grid_thw),
+            audios=self._hear(prompt),
+            audio_spans=prompt.audio_spans,
+        )
+
+    def _see(self, pixels: np.ndarray | None, grid_thw: np.ndarray | None) -> torch.Tensor | None:
+        if pixels is None or grid_thw is None:
+            return None
+        if self.vision is None:
+            raise UnsupportedError("this checkpoint has no vision tower and cannot take images or videos")
+        return self.vision(torch.from_numpy(pixels), grid_thw)
+
+    def _hear(self, prompt: Prompt) -> list[torch.Tensor]:
+        if not prompt.audio_feats:
+            return []
+        encoder = self.audio.get(prompt.audio_encoder or "")
+        if encoder is None:
+            raise UnsupportedError(
+                f"this checkpoint has no {prompt.audio_encoder} audio encoder, found {sorted(self.audio) or 'none'}"
+            )
+        return encoder([torch.from_numpy(segment) for segment in prompt.audio_feats])
