@@ -7,6 +7,8 @@
 namespace py = pybind11;
 
 namespace ming::binding {
+void register_image(py::module_& m);
+void register_gemm(py::module_& m);
 void register_norm(py::module_& m);
 }  // namespace ming::binding
 
@@ -19,5 +21,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
 
+  binding::register_image(m);
+  binding::register_gemm(m);
   binding::register_norm(m);
 }

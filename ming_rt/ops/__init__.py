@@ -7,6 +7,15 @@ definition, the reference of the tests and the baseline of the benches.
 from __future__ import annotations
 
 from ming_rt.ops._native import cpu as _cpu
+from ming_rt.ops.gemm import (
+    PackedWeight,
+    linear,
+    linear_swiglu,
+    linear_swiglu_torch,
+    linear_torch,
+    pack_gate_up,
+    pack_weight,
+)
 from ming_rt.ops.norm import layer_norm, layer_norm_torch, rms_norm, rms_norm_torch
 
 ISAS = ("portable", "avx2", "avx512")
@@ -42,11 +51,18 @@ def set_num_threads(n: int) -> None:
 
 __all__ = [
     "ISAS",
+    "PackedWeight",
     "available_isas",
     "isa",
     "layer_norm",
     "layer_norm_torch",
+    "linear",
+    "linear_swiglu",
+    "linear_swiglu_torch",
+    "linear_torch",
     "num_threads",
+    "pack_gate_up",
+    "pack_weight",
     "rms_norm",
     "rms_norm_torch",
     "set_isa",
