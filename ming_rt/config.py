@@ -574,7 +574,8 @@ class OmniConfig:
             raise top.fail("model_type", f"the type that goes with arch {thinker.arch!r}")
         vision = VisionConfig.from_dict(config) if top.section("vision_config") is not None else None
         audio = read_audio(config, generation)
-        top.section("whisper_config")
+        for key in ("audio_config", "whisper_config"):  # already read
+            top.section(key)
         pre = PreprocessorConfig.from_dict(preprocessor or {}, generation)
         whisper, sanm = audio.get("whisper"), audio.get("sanm")
         if isinstance(whisper, WhisperConfig) and whisper.n_mels != pre.whisper_mels:
