@@ -8,7 +8,7 @@ from ming_rt.config import GENERATIONS, Generation
 
 Size = Literal["tiny", "real"]
 
-TINY_BASE_VOCAB = 1024  # 256 bytes and the merges of the demo tokenizer
+TINY_BASE_VOCAB = 768  # 256 bytes and the merges of the demo tokenizer
 
 
 def special_tokens(generation: Generation) -> list[str]:
