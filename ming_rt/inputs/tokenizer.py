@@ -138,7 +138,8 @@ class _SentencePiece:
     def __init__(self, path: Path) -> None:
         data = bytearray(_read(path))
         try:
-            sentencepiece.SentencePieceProcessor(model_proto=bytes(data))
+            if not sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(bytes(data)):
+                raise RuntimeError("no model in it")
             special: dict[str, int] = {}
             for index, (piece, kind_at) in enumerate(_pieces(data)):
                 kind = data[kind_at] if kind_at else 1
@@ -289,9 +290,10 @@ class Tokenizer:
         def flush() -> None:
             if text := "".join(pending):
                 try:
-                    ids.extend(self._backend.encode(text))
+                    text.encode("utf-8")
                 except UnicodeEncodeError:
                     raise InvalidRequestError("text has a lone surrogate, expected valid Unicode") from None
+                ids.extend(self._backend.encode(text))
             pending.clear()
 
         for text, allow_special in segments:
@@ -357,7 +359,12 @@ class StreamDecoder:
         token = self._tokenizer.token_bytes(token_id, self._skip_special)
         if token and self._drop_space:
             self._drop_space, token = False, token.removeprefix(b" ")
-        return self._utf8.decode(token)
+        text = self._utf8.decode(token)
+        held = self._utf8.getstate()[0]
+        if held[:1] == b"\xed" and held[1:] >= b"\xa0":
+            # A surrogate, which no third byte can make valid; the codec would wait for that byte.
+            text += self._utf8.decode(b"", final=True)
+        return text
 
     def flush(self) -> str:
         """The held-back rest at the end of the answer, as U+FFFD; the decoder then starts afresh."""
