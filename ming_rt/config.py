@@ -514,7 +514,12 @@ class PreprocessorConfig:
         std = top.numbers("image_std", 3, cls.image_std, lo=1e-6, hi=1e3)
         wav = top.section("wav_frontend_args") or Fields({}, "wav_frontend_args")
         cmvn = wav.get("cmvn_file", cls.cmvn_file, "a file name")
-        if not isinstance(cmvn, str) or not 0 < len(cmvn) <= 255 or PurePosixPath(cmvn).name != cmvn:
+        if (
+            not isinstance(cmvn, str)
+            or not 0 < len(cmvn) <= 255
+            or PurePosixPath(cmvn).name != cmvn
+            or cmvn == ".."
+        ):
             raise wav.fail("cmvn_file", "the name of a file in the checkpoint directory")
         # The fbank front end is fixed to the one parameter set all checkpoints ship.
         for key, value in (("fs", 16000), ("window", "hamming"), ("frame_length", 25), ("frame_shift", 10)):
