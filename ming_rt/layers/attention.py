@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ming_rt import ops
 from ming_rt.config import ThinkerConfig
 from ming_rt.layers.linear import QKVLinear, RowParallelLinear
+from ming_rt.layers.tap import Tap
 from ming_rt.runtime.batch import Batch
 from ming_rt.runtime.comm import Comm
 from ming_rt.runtime.weights import WeightSource
-
-Tap = Callable[[str, torch.Tensor], None]
 
 
 class Attention:
@@ -49,7 +46,7 @@ class Attention:
         batch: Batch,
         tap: Tap,
     ) -> torch.Tensor:
-        """``x`` ``[N, H]`` -> ``[N, H]``; the new keys and values are written to ``batch.slots`` on the way."""
+        """``x`` ``[N, H]`` -> ``[N, H]``; writes the new keys and values to ``batch.slots``."""
         q = ops.rope_append(
             self.qkv(x),
             *rope,

@@ -1,4 +1,4 @@
-"""One-dimensional convolutions over packed frames ``[B, T, C]`` (time before channels, as the models use them)."""
+"""One-dimensional convolutions over frames, time before channels as everywhere in the models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Conv1d:
 
 
 class DepthwiseConv1d:
-    """One kernel per channel, no bias, zero padding on both sides; its cost is negligible beside the linears."""
+    """One kernel per channel, no bias, zero padding on both sides. Its cost is small beside the linears."""
 
     def __init__(self, src: WeightSource, name: str, channels: int, kernel: int) -> None:
         self.weight = src.tensor(f"{name}.weight", (channels, 1, kernel), src.dtype)

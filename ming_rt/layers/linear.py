@@ -1,4 +1,4 @@
-"""Linear layers. A group of ranks holds one model: columns (outputs) or rows (inputs) are split, never both."""
+"""Linear layers, whole or split over the ranks of one model: by outputs (columns) or by inputs (rows)."""
 
 from __future__ import annotations
 

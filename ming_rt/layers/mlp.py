@@ -11,7 +11,7 @@ from ming_rt.runtime.weights import WeightSource
 
 
 class GatedMLP:
-    """``down(silu(gate(x)) * up(x))``; the width is split over the ranks (without ``comm``: a partial sum)."""
+    """``down(silu(gate(x)) * up(x))``, the width split over the ranks; without ``comm`` a partial sum."""
 
     def __init__(
         self, src: WeightSource, comm: Comm | None, name: str, hidden: int, width: int, *, bias: bool = False

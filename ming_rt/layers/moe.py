@@ -6,9 +6,9 @@ import torch
 
 from ming_rt import ops
 from ming_rt.config import ThinkerConfig
-from ming_rt.layers.attention import Tap
 from ming_rt.layers.linear import share
 from ming_rt.layers.mlp import GatedMLP
+from ming_rt.layers.tap import Tap
 from ming_rt.runtime.comm import Comm
 from ming_rt.runtime.weights import WeightSource
 
@@ -18,8 +18,8 @@ ROUTERS = ("gate", "image_gate", "audio_gate")  # text, image, audio: the order 
 class MoE:
     """``sum_j w_j expert_j(x) + shared(x)``.
 
-    Every rank routes all tokens and holds ``moe_intermediate_size / world`` columns of every expert: the work is
-    even whatever the router chooses, and one all_reduce covers routed and shared experts together.
+    Every rank routes all tokens and holds ``moe_intermediate_size / world`` columns of every expert: the work
+    is even whatever the router chooses, and one all_reduce covers routed and shared experts together.
     """
 
     def __init__(self, config: ThinkerConfig, src: WeightSource, comm: Comm, name: str) -> None:

@@ -11,8 +11,8 @@ from ming_rt.runtime.weights import WeightSource
 class RMSNorm:
     """Root-mean-square norm in fp32.
 
-    ``weight_in_fp32`` multiplies by the weight before the one rounding to the activation dtype (v1.5); otherwise
-    the normalised value is rounded first and the product again (preview, v1, flash).
+    ``weight_in_fp32`` multiplies by the weight before the one rounding to the activation dtype (v1.5);
+    otherwise the normalised value is rounded first and the product again (preview, v1, flash).
     """
 
     def __init__(

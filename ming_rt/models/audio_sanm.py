@@ -8,15 +8,15 @@ import torch
 
 from ming_rt import ops
 from ming_rt.config import SanmConfig
-from ming_rt.layers.attention import Tap
 from ming_rt.layers.conv import DepthwiseConv1d
 from ming_rt.layers.linear import Linear
 from ming_rt.layers.norm import LayerNorm
+from ming_rt.layers.tap import Tap, no_tap, prefixed
 from ming_rt.runtime.weights import WeightSource
 
 
 class Block:
-    """Attention plus memory, then a feed-forward block. A block that changes the width has no first residual."""
+    """Attention plus memory, then a feed-forward block. The block that changes the width adds no residual."""
 
     def __init__(self, config: SanmConfig, src: WeightSource, name: str, inputs: int) -> None:
         size, eps = config.output_size, config.layer_norm_eps
@@ -63,9 +63,8 @@ class SanmEncoder:
         """Features of segments of so many stacked frames."""
         return frames
 
-    def __call__(self, segments: list[torch.Tensor], tap: Tap | None = None) -> torch.Tensor:
-        """Segments f32 ``[T_i, input_size]`` -> ``[segments, T, output_size]``, zero-padded to the longest."""
-        tap = tap or (lambda name, tensor: None)
+    def __call__(self, segments: list[torch.Tensor], tap: Tap = no_tap) -> torch.Tensor:
+        """Segments f32 ``[T_i, input_size]`` -> ``[segments, T, output_size]``, padded with zeros."""
         lengths = [len(segment) for segment in segments]
         scale = math.sqrt(self.config.output_size)
         x = torch.cat([segment * scale + _sinusoids(len(segment), segment.shape[1]) for segment in segments])
@@ -73,7 +72,7 @@ class SanmEncoder:
         tap("after_pe", x)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         for index, block in enumerate(self.blocks):
-            x = block(x, lengths, cu_seqlens, lambda name, t, i=index: tap(f"block{i}_{name}", t))
+            x = block(x, lengths, cu_seqlens, prefixed(tap, f"block{index}_"))
             tap(f"block{index}", x)
         x = self.norm(x)
         tap("encoder_out", x)

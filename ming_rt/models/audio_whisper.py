@@ -7,10 +7,10 @@ import torch
 from ming_rt import ops
 from ming_rt.config import WhisperConfig
 from ming_rt.errors import InvalidMediaError
-from ming_rt.layers.attention import Tap
 from ming_rt.layers.conv import Conv1d
 from ming_rt.layers.linear import Linear
 from ming_rt.layers.norm import LayerNorm
+from ming_rt.layers.tap import Tap, no_tap
 from ming_rt.runtime.weights import WeightSource
 
 EPS = 1e-5
@@ -62,13 +62,12 @@ class WhisperEncoder:
         """Features of segments of so many mel frames."""
         return [self.conv2.length(self.conv1.length(count)) for count in frames]
 
-    def __call__(self, segments: list[torch.Tensor], tap: Tap | None = None) -> torch.Tensor:
+    def __call__(self, segments: list[torch.Tensor], tap: Tap = no_tap) -> torch.Tensor:
         """Mel segments f32 ``[T_i, n_mels]`` -> ``[segments, T2, state]``, padded to the longest.
 
         Raises:
             InvalidMediaError: a segment is longer than the positional table.
         """
-        tap = tap or (lambda name, tensor: None)
         mel = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True).to(self.dtype)
         x = self.conv2(self.conv1(mel, act="gelu"), act="gelu")
         count, length, _ = x.shape

@@ -1,6 +1,6 @@
 """The whole model: encoders turn media into unit-length rows, the thinker reads them among the words.
 
-A prompt takes two steps before the engine: ``plan`` (positions and routers, cheap) and ``encode`` (the encoders).
+Before the engine a prompt takes two steps: ``plan`` (positions and routers, cheap) and ``encode`` (encoders).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ming_rt.config import AudioConfig, OmniConfig, WhisperConfig
+from ming_rt.config import AudioConfig, OmniConfig, VisionConfig, WhisperConfig
 from ming_rt.errors import UnsupportedError
-from ming_rt.layers.attention import Tap
 from ming_rt.layers.linear import Replicated
+from ming_rt.layers.tap import Tap, no_tap
 from ming_rt.models.audio_sanm import SanmEncoder
 from ming_rt.models.audio_whisper import WhisperEncoder
 from ming_rt.models.fusion import MediaEmbeds, router_modality, scatter
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Plan:
     """Positions i32 ``[3, S]``, router per token u8 ``[S]``, and the offset of generated tokens.
 
-    The token decoded with ``n`` tokens in the cache has position ``n + delta`` on all axes and the text router.
+    The token decoded with ``n`` tokens in the cache has position ``n + delta`` on all axes, the text router.
     """
 
     positions: np.ndarray
@@ -44,14 +44,11 @@ class Plan:
 class VisionEncoder:
     """Vision tower and projector (``linear_proj``)."""
 
-    def __init__(self, config: OmniConfig, src: WeightSource) -> None:
-        assert config.vision is not None
-        self.tower = VisionTower(config.vision, src)
-        self.projector = VisionProjector(
-            src, "linear_proj", config.vision.out_hidden_size, config.thinker.hidden_size, config.mlp_depth
-        )
+    def __init__(self, config: VisionConfig, src: WeightSource, hidden: int, depth: int) -> None:
+        self.tower = VisionTower(config, src)
+        self.projector = VisionProjector(src, "linear_proj", config.out_hidden_size, hidden, depth)
 
-    def __call__(self, pixels: torch.Tensor, grid_thw: np.ndarray, tap: Tap | None = None) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, grid_thw: np.ndarray, tap: Tap = no_tap) -> torch.Tensor:
         """Patches f32 ``[N, patch_dim]``, grids ``[n, 3]`` -> unit rows ``[N / 4, H]``."""
         return l2_normalize(self.projector(self.tower(pixels, grid_thw, tap)))
 
@@ -73,7 +70,7 @@ class AudioEncoder:
             config.ds_stride,
         )
 
-    def __call__(self, segments: list[torch.Tensor], tap: Tap | None = None) -> list[torch.Tensor]:
+    def __call__(self, segments: list[torch.Tensor], tap: Tap = no_tap) -> list[torch.Tensor]:
         """All segments of one request, f32 ``[T_i, F]`` -> rows ``[L_i, H]`` of each."""
         features = self.encoder.lengths([len(segment) for segment in segments])
         projected = self.projector(self.encoder(segments, tap))
@@ -91,7 +88,7 @@ class Omni:
         self.config = config
         whole = Replicated(src)
         hidden, depth = config.thinker.hidden_size, config.mlp_depth
-        self.vision = VisionEncoder(config, whole) if config.vision else None
+        self.vision = VisionEncoder(config.vision, whole, hidden, depth) if config.vision else None
         self.audio = {name: AudioEncoder(part, whole, hidden, depth) for name, part in config.audio.items()}
         self.thinker = Thinker(config.thinker, src, comm)
 
@@ -140,6 +137,7 @@ class Omni:
         encoder = self.audio.get(prompt.audio_encoder or "")
         if encoder is None:
             raise UnsupportedError(
-                f"this checkpoint has no {prompt.audio_encoder} audio encoder, found {sorted(self.audio) or 'none'}"
+                f"this checkpoint has no {prompt.audio_encoder} audio encoder, "
+                f"found {', '.join(sorted(self.audio)) or 'none'}"
             )
         return encoder([torch.from_numpy(segment) for segment in prompt.audio_feats])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ming_rt.layers.attention import Tap
 from ming_rt.layers.conv import Conv1d
 from ming_rt.layers.linear import Linear
 from ming_rt.runtime.weights import WeightSource
@@ -26,7 +25,7 @@ class VisionProjector:
 
 
 class AudioProjector:
-    """A (strided) convolution, then ``depth - 1`` pairs of exact GELU and linear layer, stored at 3, 5, ..."""
+    """A strided convolution, then ``depth - 1`` pairs of exact GELU and linear layer, stored at 3, 5, ..."""
 
     def __init__(
         self, src: WeightSource, name: str, inputs: int, hidden: int, depth: int, kernel: int, stride: int
@@ -38,7 +37,10 @@ class AudioProjector:
         """Tokens made of so many encoder features."""
         return self.conv.length(features)
 
-    def __call__(self, x: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+    ) -> torch.Tensor:
         """``[B, T, inputs]`` -> ``[B, length(T), hidden]``."""
         acts = ["gelu"] * len(self.layers) + [None]
         x = self.conv(x, act=acts[0])

@@ -1,12 +1,11 @@
 """The language model of all four generations: BailingMoe (preview, v1, v1.5) and BailingMoeV2 (flash).
 
-They are one network. What differs comes from the config: norm cast order, rotary type, qk-norm, the router, how
-many first layers are dense, and the column-normalised head of preview.
+They are one network. What differs comes from the config: norm cast order, rotary type, qk-norm, the router,
+how many first layers are dense, and the column-normalised head of preview.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +13,12 @@ import torch
 from ming_rt import ops
 from ming_rt.config import ThinkerConfig
 from ming_rt.errors import UnsupportedError
-from ming_rt.layers.attention import Attention, Tap
+from ming_rt.layers.attention import Attention
 from ming_rt.layers.linear import share
 from ming_rt.layers.mlp import GatedMLP
 from ming_rt.layers.moe import MoE
 from ming_rt.layers.norm import RMSNorm
+from ming_rt.layers.tap import Tap, no_tap, prefixed
 from ming_rt.runtime.batch import Batch
 from ming_rt.runtime.comm import Comm
 from ming_rt.runtime.kv_cache import KVCache
@@ -31,8 +31,8 @@ PREFIX = "model."  # of every thinker tensor; the decoder inside has a "model." 
 class ThinkerOutput:
     """Result of one step: logits f32 ``[R, V]`` of ``batch.logit_rows`` and, on request, two hidden states.
 
-    ``hidden0`` ``[N, H]`` are the input embeddings after placing media, ``hidden_last`` ``[N, H]`` the states after
-    the final norm; both are None unless ``batch.want_hidden``.
+    ``hidden0`` ``[N, H]`` are the input embeddings after placing media, ``hidden_last`` ``[N, H]`` the states
+    after the final norm; both are None unless ``batch.want_hidden``.
     """
 
     logits: torch.Tensor
@@ -96,27 +96,22 @@ class Thinker:
         self.head = _head(config, src)
         self.rope = ops.rope_frequencies(config.rope)
 
-    def forward(
-        self, batch: Batch, kv: KVCache, tap: Callable[[str, torch.Tensor], None] | None = None
-    ) -> ThinkerOutput:
+    def forward(self, batch: Batch, kv: KVCache, tap: Tap = no_tap) -> ThinkerOutput:
         """Runs one step and appends the batch's keys and values to ``kv``.
 
-        ``tap(name, tensor)`` receives intermediates ("hidden.0", "layer0.attn_out", ...) for tests and debugging.
+        ``tap(name, tensor)`` receives intermediates ("hidden.0", "layer0.attn_out", ...), for tests.
         """
         x = hidden0 = self._embed(batch)
         rope = ops.rope_table(batch.positions, *self.rope)
         residual = None
         for index, layer in enumerate(self.layers):
             x, residual = (layer.input_norm(x), x) if residual is None else layer.input_norm.add(x, residual)
-            layer_tap: Tap = _no_tap
-            if tap is not None:
-                tap(f"hidden.{index}", residual)
-                layer_tap = _prefixed(tap, f"layer{index}.")
+            tap(f"hidden.{index}", residual)
+            layer_tap = prefixed(tap, f"layer{index}.")
             x, residual = layer(x, residual, rope, kv.k[index], kv.v[index], batch, layer_tap)
         x, residual = self.norm.add(x, residual)
-        if tap is not None:
-            tap(f"layer{len(self.layers) - 1}.out", residual)
-            tap(f"hidden.{len(self.layers)}", x)
+        tap(f"layer{len(self.layers) - 1}.out", residual)
+        tap(f"hidden.{len(self.layers)}", x)
         logits = self.comm.all_gather(ops.linear(x[batch.logit_rows], self.head, out_dtype=torch.float32))
         return ThinkerOutput(logits, *((hidden0, x) if batch.want_hidden else ()))
 
@@ -137,7 +132,7 @@ def _norm(config: ThinkerConfig, src: WeightSource, name: str) -> RMSNorm:
 def _head(config: ThinkerConfig, src: WeightSource) -> ops.PackedWeight:
     """The rank's rows of the output matrix, with preview's column normalisation folded in.
 
-    Each hidden column is divided by its L2 norm over the whole vocabulary, so a rank reads all rows to norm its own.
+    That divides each hidden column by its L2 norm over the whole vocabulary: every rank reads all rows.
     """
     shape = (config.vocab_size, config.hidden_size)
     rows = share("lm_head rows", config.vocab_size, src.world)
@@ -147,11 +142,3 @@ def _head(config: ThinkerConfig, src: WeightSource) -> ops.PackedWeight:
         squares = sum(block.float().square().sum(0) for block in weight.split(8192))
         mine = (mine.float() / (squares.sqrt() + 1e-7)).to(src.dtype)
     return ops.pack_weight(mine, src.dtype)
-
-
-def _no_tap(name: str, tensor: torch.Tensor) -> None:
-    """Discards an intermediate."""
-
-
-def _prefixed(tap: Tap, prefix: str) -> Tap:
-    return lambda name, tensor: tap(prefix + name, tensor)

@@ -1,7 +1,7 @@
 """The vision tower: a Qwen2.5-type transformer with window attention, one output row per 2x2 patches.
 
-Patches arrive unit by unit (a unit = 2x2 patches = one token of the thinker). Before the first block the units
-are reordered so that every attention window is contiguous; the output is put back in the original order.
+Patches arrive unit by unit (a unit = 2x2 patches = one token of the thinker). Before the first block the
+units are reordered so that every attention window is contiguous; the output is put back in order.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 
 from ming_rt import ops
 from ming_rt.config import VisionConfig
-from ming_rt.layers.attention import Tap
 from ming_rt.layers.linear import Linear
 from ming_rt.layers.mlp import GatedMLP
 from ming_rt.layers.norm import RMSNorm
+from ming_rt.layers.tap import Tap, no_tap
 from ming_rt.runtime.weights import WeightSource
 
 PREFIX = "vision."
@@ -27,9 +27,9 @@ ROPE_THETA = 10000.0
 class Layout:
     """Where the patches of a request stand.
 
-    ``positions`` i32 ``[3, N]``: (row, column, 0) of each patch in its picture, in the order the patches arrive;
-    ``units`` i64 ``[N / 4]``: the original unit at each place of the windowed order; ``windows`` and ``slices``
-    i32: cumulative patches per attention window and per picture or temporal slice.
+    ``positions`` i32 ``[3, N]``: (row, column, 0) of each patch in its picture, in order of arrival.
+    ``units`` i64 ``[N / 4]``: the original unit at each place of the windowed order.
+    ``windows``, ``slices`` i32: cumulative patches per attention window, per picture or temporal slice.
     """
 
     positions: torch.Tensor
@@ -120,12 +120,11 @@ class VisionTower:
         self.axis = torch.arange(2, dtype=torch.uint8).repeat_interleave(len(frequencies))
         self.dtype = src.dtype
 
-    def __call__(self, pixels: torch.Tensor, grid_thw: np.ndarray, tap: Tap | None = None) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, grid_thw: np.ndarray, tap: Tap = no_tap) -> torch.Tensor:
         """Normalised patches f32 ``[N, patch_dim]`` and grids ``[n, 3]`` -> ``[N / 4, out_hidden_size]``.
 
         ``tap(name, tensor)`` receives intermediates.
         """
-        tap = tap or (lambda name, tensor: None)
         where = layout(self.config, grid_thw)
         per_unit = self.config.spatial_merge_size**2
         x = ops.linear(pixels.to(self.dtype), self.patch_embed)

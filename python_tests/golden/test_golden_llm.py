@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ class Recorded:
         }
 
     def prompts(self) -> list[Prompt]:
-        """The rows without their pads, media placed by the public functions (whole media only for one row)."""
+        """The rows without their pads, with their media."""
         prompts = []
         for row, valid in enumerate(self.mask):
             ids = self.ids[row, valid]
@@ -86,7 +88,7 @@ def test_model(case: GoldenCase, tmp_path):
     """Prefill and greedy decode: every recorded intermediate, token and cache entry."""
     for prefix in sub_cases(case, "input_ids"):
         run = Recorded(case, prefix)
-        thinker = load_case(case, tmp_path, lambda src: Thinker(run.config, src))
+        thinker = load_case(case, tmp_path, partial(Thinker, run.config))
         steps = len(run.outputs.get("decode.input_ids", ()))
         runner = Runner(thinker, run.prompts(), capacity=run.ids.shape[1] + steps)
         out = runner.prefill(all_logits=True)
