@@ -9,6 +9,9 @@ namespace py = pybind11;
 namespace ming::binding {
 void register_image(py::module_& m);
 void register_gemm(py::module_& m);
+void register_attention(py::module_& m);
+void register_rope(py::module_& m);
+void register_moe(py::module_& m);
 void register_norm(py::module_& m);
 }  // namespace ming::binding
 
@@ -23,5 +26,8 @@ PYBIND11_MODULE(_cpu, m) {
 
   binding::register_image(m);
   binding::register_gemm(m);
+  binding::register_attention(m);
+  binding::register_rope(m);
+  binding::register_moe(m);
   binding::register_norm(m);
 }
