@@ -7,6 +7,12 @@ definition, the reference of the tests and the baseline of the benches.
 from __future__ import annotations
 
 from ming_rt.ops._native import cpu as _cpu
+from ming_rt.ops.attention import (
+    attention_paged,
+    attention_paged_torch,
+    attention_varlen,
+    attention_varlen_torch,
+)
 from ming_rt.ops.gemm import (
     PackedWeight,
     linear,
@@ -16,7 +22,33 @@ from ming_rt.ops.gemm import (
     pack_gate_up,
     pack_weight,
 )
+from ming_rt.ops.moe import (
+    ExpertWeights,
+    RouterWeights,
+    grouped_gemm_down,
+    grouped_gemm_down_torch,
+    grouped_gemm_swiglu,
+    grouped_gemm_swiglu_torch,
+    moe_combine,
+    moe_combine_torch,
+    moe_permute,
+    moe_permute_torch,
+    moe_route,
+    moe_route_torch,
+    pack_experts,
+)
 from ming_rt.ops.norm import layer_norm, layer_norm_torch, rms_norm, rms_norm_torch
+from ming_rt.ops.rope import (
+    axis_table,
+    inv_freq,
+    rope_append,
+    rope_append_torch,
+    rope_frequencies,
+    rope_qk_,
+    rope_qk_torch_,
+    rope_table,
+    rope_table_torch,
+)
 
 ISAS = ("portable", "avx2", "avx512")
 
@@ -51,8 +83,20 @@ def set_num_threads(n: int) -> None:
 
 __all__ = [
     "ISAS",
+    "ExpertWeights",
     "PackedWeight",
+    "RouterWeights",
+    "attention_paged",
+    "attention_paged_torch",
+    "attention_varlen",
+    "attention_varlen_torch",
     "available_isas",
+    "axis_table",
+    "grouped_gemm_down",
+    "grouped_gemm_down_torch",
+    "grouped_gemm_swiglu",
+    "grouped_gemm_swiglu_torch",
+    "inv_freq",
     "isa",
     "layer_norm",
     "layer_norm_torch",
@@ -60,11 +104,25 @@ __all__ = [
     "linear_swiglu",
     "linear_swiglu_torch",
     "linear_torch",
+    "moe_combine",
+    "moe_combine_torch",
+    "moe_permute",
+    "moe_permute_torch",
+    "moe_route",
+    "moe_route_torch",
     "num_threads",
+    "pack_experts",
     "pack_gate_up",
     "pack_weight",
     "rms_norm",
     "rms_norm_torch",
+    "rope_append",
+    "rope_append_torch",
+    "rope_frequencies",
+    "rope_qk_",
+    "rope_qk_torch_",
+    "rope_table",
+    "rope_table_torch",
     "set_isa",
     "set_num_threads",
 ]

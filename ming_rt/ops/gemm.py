@@ -22,7 +22,9 @@ def panel_elements(n: int, k: int, dtype: torch.dtype, gated: bool) -> int:
 def unpack_panels(data: Tensor, n: int, k: int, gated: bool) -> Tensor:
     """The plain [n, k] weight, or [2n, k] (gate rows, then up rows), of one packed weight."""
     pair = 2 if data.dtype == torch.bfloat16 else 1
-    panels = data.view(-1, -(-k // pair), PANEL, pair).permute(0, 2, 1, 3).reshape(-1, PANEL, -(-k // pair) * pair)
+    panels = (
+        data.view(-1, -(-k // pair), PANEL, pair).permute(0, 2, 1, 3).reshape(-1, PANEL, -(-k // pair) * pair)
+    )
     if not gated:
         return panels.reshape(-1, panels.shape[-1])[:n, :k].contiguous()
     halves = panels.view(-1, 2, PANEL // 2, panels.shape[-1]).transpose(0, 1)

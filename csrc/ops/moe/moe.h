@@ -1,0 +1,85 @@
+// Mixture of experts: route -> permute -> grouped gate/up with SwiGLU -> grouped down -> combine.
+//
+// A "slot" is token * top_k + j: the j-th expert of a token. Slots are sorted by expert once (moe_permute);
+// the two grouped products then run every expert over its rows without copying them, reading x through the
+// slot numbers and writing the result back in slot order.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu_dispatch.h"
+#include "common/dtype.h"
+#include "ops/gemm/gemm.h"
+
+namespace ming {
+
+enum class RouterKind : int32_t { softmax, grouped_sigmoid };
+
+// logits[t] = x[t] W_r^T in fp32, r = modality[t] (0 where modality is absent); then
+//   softmax:          s = softmax(logits);             choose the top_k largest s;              w = s[chosen]
+//   grouped_sigmoid:  s = sigmoid(logits); b = s + bias_r; a group's score is the sum of its two largest b;
+//   only
+//                     the topk_group best groups stay;  choose the top_k largest b among them;   w =
+//                     s[chosen]
+// w /= sum(w) (softmax, if normalize) or sum(w) + 1e-20 (grouped_sigmoid), both only if top_k > 1; w *=
+// scaling. Ties go to the lower id, NaN scores count as -infinity. The chosen ids are stored in ascending
+// order.
+struct MoeRouteParams {
+  const void* x;            // [N, H] of `dtype`, row stride x_stride
+  const float* routers;     // [R] packed float32 weights of [E, H]
+  const float* bias;        // [R, E] for grouped_sigmoid, else nullptr
+  const uint8_t* modality;  // [N], values < R, or nullptr
+  int32_t* topk_ids;        // [N, top_k]
+  float* topk_weights;      // [N, top_k]
+  float* logits;            // [N, E]
+  int64_t tokens, hidden, x_stride;
+  int32_t experts, routers_count, top_k;  // top_k <= experts in the kept groups
+  int32_t n_group, topk_group;            // grouped_sigmoid: E divisible by n_group, at least two per group
+  float scaling;
+  DType dtype;
+  RouterKind kind;
+  bool normalize;
+};
+
+// Stable counting sort of the slots by expert.
+struct MoePermuteParams {
+  const int32_t* topk_ids;  // [slots], values < experts
+  int32_t* rows;            // [slots], the slot at each place of the grouped order
+  int32_t* offsets;         // [experts + 1], an expert's first place
+  int64_t slots;
+  int32_t experts;
+};
+
+// grouped_gemm_swiglu: y[i] = silu(g) * u with g, u = the products of x[rows[i] / top_k] and its expert's
+// gate and up grouped_gemm_down:   y[rows[i]] = x[i] W_e^T for every place i in [offsets[e], offsets[e + 1]).
+// Sums as in gemm.h, one rounding.
+struct GroupedGemmParams {
+  const void* x;           // [tokens, K] or [slots, K], row stride x_stride
+  const void* w;           // [experts] packed weights, gated (N outputs) for swiglu
+  const int32_t* rows;     // [slots]
+  const int32_t* offsets;  // [experts + 1]
+  void* y;                 // [slots, N], row stride y_stride; not x
+  int64_t slots, n, k, x_stride, y_stride;
+  int32_t experts, top_k;
+  DType dtype;
+};
+
+// y[t] = round(sum_j topk_weights[t][j] * expert_out[t * top_k + j]), the sum in fp32 and in the order of j;
+// then round(y + shared) where shared is given.
+struct MoeCombineParams {
+  const void* expert_out;     // [N * top_k, H], contiguous
+  const float* topk_weights;  // [N, top_k]
+  const void* shared;         // [N, H], row stride shared_stride, or nullptr
+  void* y;                    // [N, H], contiguous; may alias shared
+  int64_t tokens, hidden, shared_stride;
+  int32_t top_k;
+  DType dtype;
+};
+
+MING_CPU_OP(moe_route, MoeRouteParams)
+MING_CPU_OP(moe_permute, MoePermuteParams)
+MING_CPU_OP(grouped_gemm_swiglu, GroupedGemmParams)
+MING_CPU_OP(grouped_gemm_down, GroupedGemmParams)
+MING_CPU_OP(moe_combine, MoeCombineParams)
+
+}  // namespace ming
