@@ -25,10 +25,10 @@ COMMON_FLAGS = [
 # gcc 12 reports its own intrinsics headers as possibly uninitialised.
 ISA_FLAGS = {
     "portable": [],
-    "avx2": ["-march=x86-64-v3", "-Wno-maybe-uninitialized"],
+    "avx2": ["-march=x86-64-v3", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     "avx512": [
         "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized", "-Wno-maybe-uninitialized",
     ],
 }  # fmt: skip
 
