@@ -158,6 +158,9 @@ def render_segments(
     ``thinking``. Raises ``InvalidRequestError``, or ``UnsupportedError`` for an option of another generation.
     """
     turns = parse_messages(generation, messages, trust_special)
+    for name, text in (("system_template", system_template), ("sys_prompt_exp", sys_prompt_exp)):
+        if text is not None and not isinstance(text, str):
+            raise InvalidRequestError(f"{name}: expected a string, found {type(text).__name__}")
     flash = generation == "flash"
     if not trust_special:
         others = {
