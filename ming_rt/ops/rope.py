@@ -188,9 +188,9 @@ def rope_append_torch(
     if q_norm is not None and k_norm is not None:
         q, k = _head_norm(q, q_norm, eps), _head_norm(k, k_norm, eps)
     page, offset = slots // page_size, slots % page_size
-    k_pages[page, :, offset] = _rotate(k, cos, sin).to(k_pages.dtype)
+    k_pages[page, :, offset] = _rotate(k, cos, sin, k_pages.dtype)
     v_pages[page, :, offset] = v.to(v_pages.dtype)
-    return _rotate(q, cos, sin)
+    return _rotate(q, cos, sin, q.dtype)
 
 
 def rope_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -207,7 +207,7 @@ def rope_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads:
 def rope_qk_torch_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Plain torch composition of `rope_qk_`."""
     parts = qkv.view(qkv.shape[0], 3 * num_heads, -1)
-    parts[:, : 2 * num_heads] = _rotate(parts[:, : 2 * num_heads], cos, sin)
+    parts[:, : 2 * num_heads] = _rotate(parts[:, : 2 * num_heads], cos, sin, qkv.dtype)
     return qkv
 
 
@@ -217,10 +217,10 @@ def _head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
     return weight * z.to(x.dtype)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [N, H, D], cos/sin [N, F] -> the first 2F dims rotated in fp32, cast back to x's dtype."""
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [N, H, D], cos/sin [N, F] -> the first 2F dims rotated in fp32, the whole cast to dtype."""
     freqs = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
     a, b = x[..., :freqs].float(), x[..., freqs : 2 * freqs].float()
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    return torch.cat((rotated, x[..., 2 * freqs :]), dim=-1)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(dtype)
+    return torch.cat((rotated, x[..., 2 * freqs :].to(dtype)), dim=-1)

@@ -44,7 +44,8 @@ void table_row(const RopeTableParams& p, const float* weight, int64_t n) {
     const vf angle = at * (w == VF ? vload(p.inv_freq + j) : vload_tail(p.inv_freq + j, w));
     float* c = p.cos + n * f + j;
     float* s = p.sin + n * f + j;
-    if (vmaxall(vmax(angle, vzero() - angle)) > kMaxAngle) {
+    // Without a fused multiply-add the range reduction is not exact.
+    if (!MING_ISA_AVX2 || vmaxall(vmax(angle, vzero() - angle)) > kMaxAngle) {
       float wide[VF];
       vstore(wide, angle);
       for (int i = 0; i < w; ++i) {
