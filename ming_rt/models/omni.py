@@ -5,6 +5,7 @@ Before the engine a prompt takes two steps: ``plan`` (positions and routers, che
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,18 @@ from ming_rt.runtime.weights import WeightSource
 
 if TYPE_CHECKING:
     from ming_rt.inputs.processor import Prompt
+
+
+# Called around the encoders with the content of each medium and a function that encodes those at the given
+# indices; returns the features of all.
+Content = Sequence[np.ndarray | str]
+Encode = Callable[[list[int]], list[list[torch.Tensor]]]
+Memo = Callable[[Sequence[Content], Encode], list[list[torch.Tensor]]]
+
+
+def compute_all(items: Sequence[Content], encode: Encode) -> list[list[torch.Tensor]]:
+    """The memo that remembers nothing."""
+    return encode(list(range(len(items))))
 
 
 @dataclass(frozen=True)
@@ -108,8 +121,11 @@ class Omni:
         modality = router_modality(self.config.thinker, prompt.input_ids, has_vision, prompt.audio_spans)
         return Plan(positions[:, 0].astype(np.int32), int(delta[0]), modality)
 
-    def encode(self, prompt: Prompt) -> MediaEmbeds | None:
+    def encode(self, prompt: Prompt, memo: Memo = compute_all) -> MediaEmbeds | None:
         """Features of all media of a prompt with the tokens they replace; None for a text prompt.
+
+        ``memo`` may answer for media it has seen before; each picture and video counts on its own, recordings
+        only together (Whisper pads them to the longest, which changes their features).
 
         Raises:
             UnsupportedError: the checkpoint has no encoder for a medium of the prompt.
@@ -118,20 +134,29 @@ class Omni:
         return scatter(
             self.config.thinker,
             prompt.input_ids,
-            images=self._see(prompt.pixel_values, prompt.image_grid_thw),
-            videos=self._see(prompt.pixel_values_videos, prompt.video_grid_thw),
-            audios=self._hear(prompt),
+            images=self._see(prompt.pixel_values, prompt.image_grid_thw, memo),
+            videos=self._see(prompt.pixel_values_videos, prompt.video_grid_thw, memo),
+            audios=self._hear(prompt, memo),
             audio_spans=prompt.audio_spans,
         )
 
-    def _see(self, pixels: np.ndarray | None, grid_thw: np.ndarray | None) -> torch.Tensor | None:
+    def _see(self, pixels: np.ndarray | None, grid_thw: np.ndarray | None, memo: Memo) -> torch.Tensor | None:
         if pixels is None or grid_thw is None:
             return None
         if self.vision is None:
             raise UnsupportedError("this checkpoint has no vision tower and cannot take images or videos")
-        return self.vision(torch.from_numpy(pixels), grid_thw)
+        vision, patches = self.vision, grid_thw.prod(1)
+        items = np.split(pixels, patches.cumsum()[:-1])
 
-    def _hear(self, prompt: Prompt) -> list[torch.Tensor]:
+        def compute(missing: list[int]) -> list[list[torch.Tensor]]:
+            chosen = np.concatenate([items[i] for i in missing]) if len(missing) < len(items) else pixels
+            rows = vision(torch.from_numpy(chosen), grid_thw[missing])
+            return [[part] for part in rows.split((patches[missing] * len(rows) // len(chosen)).tolist())]
+
+        found = memo([("vision", item, grid) for item, grid in zip(items, grid_thw, strict=True)], compute)
+        return torch.cat([feats for (feats,) in found])
+
+    def _hear(self, prompt: Prompt, memo: Memo) -> list[torch.Tensor]:
         if not prompt.audio_feats:
             return []
         encoder = self.audio.get(prompt.audio_encoder or "")
@@ -140,4 +165,9 @@ class Omni:
                 f"this checkpoint has no {prompt.audio_encoder} audio encoder, "
                 f"found {', '.join(sorted(self.audio)) or 'none'}"
             )
-        return encoder([torch.from_numpy(segment) for segment in prompt.audio_feats])
+        segments = prompt.audio_feats
+
+        def compute(_missing: list[int]) -> list[list[torch.Tensor]]:
+            return [encoder([torch.from_numpy(segment) for segment in segments])]
+
+        return memo([(prompt.audio_encoder or "", *segments)], compute)[0]

@@ -1,0 +1,405 @@
+"""The engine's thread: it encodes media, schedules, runs the model, samples, and sends events."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ming_rt.errors import CapacityError, EngineClosedError, EngineError, InvalidRequestError, MingError
+from ming_rt.pipelines.events import Done, FinishReason, Hidden, Timings, Usage
+from ming_rt.runtime.batch import Batch
+from ming_rt.runtime.handle import Outbox
+from ming_rt.runtime.kv_cache import KVCache, PagePool
+from ming_rt.runtime.media_cache import MediaCache
+from ming_rt.runtime.request import Request, SamplingParams
+from ming_rt.runtime.sampler import Answer, Sample, sample
+from ming_rt.runtime.scheduler import Chunk, Scheduler
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine; checked on construction (``InvalidRequestError`` names the field)."""
+
+    num_pages: int = 1024
+    page_size: int = 32
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 32768
+    """Upper bound of prompt + answer; lowered to what the pages hold."""
+    media_cache_bytes: int = 256 << 20
+    """Encoded media kept for prompts that repeat them."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            low = 0 if name == "media_cache_bytes" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 48:
+                raise InvalidRequestError(f"{name}: expected an integer of at least {low}, got {value!r}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidRequestError(
+                f"max_num_batched_tokens: expected at least max_num_seqs = {self.max_num_seqs}, "
+                f"got {self.max_num_batched_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A consistent snapshot, taken between two steps."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages: int = 0
+    kv_pages_used: int = 0
+    kv_pages_cached: int = 0
+    """Unreferenced pages that a later prompt with the same beginning can reuse."""
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens computed, recomputation after preemption included."""
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    media_cache_hits: int = 0
+    preemptions: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    """Ended requests by reason: stop, length, cancelled, error."""
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV pages in use, 0 to 1."""
+        return self.kv_pages_used / self.kv_pages if self.kv_pages else 0.0
+
+
+@dataclass
+class _Live:
+    """What the worker keeps of a request beside its scheduling state."""
+
+    answer: Answer
+    outbox: Outbox
+
+
+class Worker:
+    """Everything the engine thread owns. Other threads use ``enqueue``, ``cancel``, ``stop`` and ``stats``.
+
+    Commands travel through a ``SimpleQueue``, whose ``put`` may be called from finalizers at any moment.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, stop_ids: frozenset[int], dtype: torch.dtype, options: EngineOptions
+    ) -> None:
+        config = model.config.thinker
+        self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
+        self.vocab_size = config.vocab_size
+        self.page_size = options.page_size
+        self.max_len = min(options.max_model_len, options.num_pages * options.page_size)
+        self.kv = KVCache(
+            config.num_hidden_layers,
+            options.num_pages,
+            options.page_size,
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype,
+        )
+        self.pool = PagePool(options.num_pages, options.page_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+        )
+        self.media = MediaCache(options.media_cache_bytes)
+        self.live: dict[Request, _Live] = {}
+        self.counts: Counter[str] = Counter()
+        self.finished: Counter[str] = Counter()
+        self.inbox: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
+        # Reentrant: dropping the engine may call stop from a garbage collection on the thread that holds it.
+        self.gate = threading.RLock()
+        self.ended: EngineClosedError | None = None
+        self.thread: threading.Thread | None = None
+        self.stats = EngineStats(kv_pages=self.pool.num_pages)
+
+    # Called from any thread.
+
+    def validate(self, prompt: Any, params: SamplingParams) -> None:
+        """Refuse a prompt that no state of the engine could serve."""
+        ids = np.asarray(prompt.input_ids)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InvalidRequestError(f"input_ids: expected a list of integers, got {ids.dtype} {ids.shape}")
+        if not len(ids):
+            raise InvalidRequestError("input_ids: expected at least one token, got an empty prompt")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise InvalidRequestError(
+                f"input_ids: expected ids from 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}"
+            )
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"params: expected SamplingParams, got {type(params).__name__}")
+        if len(ids) >= self.max_len:
+            raise CapacityError(
+                f"the prompt has {len(ids)} tokens; expected fewer than {self.max_len}, the longest sequence "
+                "this engine holds"
+            )
+
+    def enqueue(self, request: Request, outbox: Outbox) -> None:
+        """Hand a request to the thread, starting it if need be; ``EngineClosedError`` after its end."""
+        with self.gate:
+            if self.ended is not None:
+                raise EngineClosedError(str(self.ended))
+            self.inbox.put(("submit", request, outbox))
+            if self.thread is None:
+                self.thread = threading.Thread(target=self.run, name="ming-rt-engine", daemon=True)
+                self.thread.start()
+
+    def cancel(self, request: Request) -> None:
+        """Ask for the end of a request; allowed in finalizers."""
+        self.inbox.put(("cancel", request, None))
+
+    def stop(self) -> None:
+        """End the worker and wait for it, unless called on the worker itself."""
+        self.inbox.put(("stop", None, None))
+        with self.gate:
+            thread = self.thread
+            if thread is None:
+                self.ended = EngineClosedError("the engine is closed")
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    # The worker thread.
+
+    def run(self) -> None:
+        """Serve commands until told to stop; whatever happens, no request is left without an answer."""
+        problem = EngineClosedError("the engine is closed")
+        try:
+            with torch.inference_mode():
+                while self._take_commands():
+                    self._step()
+                    self._snapshot()
+        except BaseException as cause:
+            problem = EngineClosedError(f"the engine stopped: {type(cause).__name__}: {cause}")
+            problem.__cause__ = cause
+        finally:
+            with self.gate:
+                self.ended = problem
+            while not self.inbox.empty():  # nothing is submitted any more
+                kind, _request, outbox = self.inbox.get()
+                if kind == "submit":
+                    outbox.put(problem)
+            for request in list(self.live):
+                self._fail(request, problem)
+
+    def _take_commands(self) -> bool:
+        """Apply all pending commands, waiting for one when there is nothing to do; False = stop."""
+        while not self.inbox.empty() or not len(self.scheduler):
+            kind, request, outbox = self.inbox.get()
+            if kind == "stop":
+                return False
+            if kind == "submit":
+                answer = Answer(self.tokenizer.stream(), request.params.stop, self.stop_ids)
+                self.live[request] = _Live(answer, outbox)
+                self.scheduler.add(request)
+            elif request in self.live:
+                self._finish(request, "cancelled")
+        return True
+
+    def _step(self) -> None:
+        """Prepare what can be admitted, run one batch, sample and send."""
+        self._prepare()
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return
+        now = time.perf_counter()
+        for chunk in chunks:
+            chunk.request.clock.started = chunk.request.clock.started or now
+        sampling = [c.request for c in chunks if c.samples]
+        try:
+            output = self.model.thinker.forward(self._pack(chunks), self.kv)
+            finite = torch.isfinite(output.logits.sum(-1)).tolist()
+            good = [r for r, ok in zip(sampling, finite, strict=True) if ok]
+            logits = output.logits if len(good) == len(sampling) else output.logits[torch.tensor(finite)]
+            samples = sample(logits, good) if good else []
+            self._keep_hidden(chunks, output)
+        except Exception as problem:
+            for chunk in chunks:
+                self._fail(chunk.request, _as_error("the model step failed", problem))
+            return
+        self.scheduler.commit(chunks)
+        self.counts["steps"] += 1
+        self.counts["prompt_tokens"] += sum(
+            min(c.stop, c.request.num_prompt) - min(c.start, c.request.num_prompt) for c in chunks
+        )
+        for request, chosen in zip(good, samples, strict=True):
+            try:
+                self._accept(request, chosen)
+            except Exception as problem:
+                self._fail(request, _as_error("reading the generated token failed", problem))
+        for request, ok in zip(sampling, finite, strict=True):
+            if not ok:
+                self._fail(request, EngineError("the model produced logits that are not finite numbers"))
+
+    def _prepare(self) -> None:
+        """Encode and plan the requests at the head of the queue, at most one with media per step.
+
+        One at a time, so that running requests go on between two pictures or recordings.
+        """
+        encoded = False
+        for request in self.scheduler.next_to_prepare():
+            if request.has_media and encoded:
+                break
+            encoded = encoded or request.has_media
+            begin = time.perf_counter()
+            try:
+                plan = self.model.plan(request.prompt)
+                media = self._encode(request)
+                request.plan(plan.positions, plan.delta, plan.modality, media)
+            except Exception as problem:
+                self._fail(request, _as_error("preparing the prompt failed", problem))
+            request.clock.encode = time.perf_counter() - begin
+
+    def _encode(self, request: Request) -> Any:
+        """Embeddings that replace the request's placeholders, checked; None when there are none."""
+        media = self.model.encode(request.prompt, self.media) if request.has_media else None
+        if media is not None and not bool(torch.isfinite(media.feats.sum(-1)).all()):
+            raise InvalidRequestError("media: expected finite features, the encoder produced NaN or infinity")
+        return media
+
+    def _pack(self, chunks: list[Chunk]) -> Batch:
+        """The chunks' tokens side by side, with the cache slots and pages they use."""
+        size = self.page_size
+        requests = [c.request for c in chunks]
+        lengths = [c.stop - c.start for c in chunks]
+        ends = np.cumsum([0, *lengths])
+        page_table = np.zeros((len(chunks), max(len(r.pages) for r in requests)), np.int32)
+        slots = np.empty(ends[-1], np.int64)
+        media_rows, media_feats = [], []
+        for row, (chunk, begin, end) in enumerate(zip(chunks, ends[:-1], ends[1:], strict=True)):
+            request = chunk.request
+            pages = page_table[row, : len(request.pages)]
+            pages[:] = request.pages
+            index = np.arange(chunk.start, chunk.stop)
+            slots[begin:end] = pages[index // size].astype(np.int64) * size + index % size
+            if request.media_feats is not None:
+                part = request.media_slice(chunk.start, chunk.stop)
+                if part.stop > part.start:
+                    media_rows.append(request.media_rows[part] - chunk.start + begin)
+                    media_feats.append(request.media_feats[part])
+        modality = np.concatenate([c.request.modality[c.start : c.stop] for c in chunks])
+        return Batch(
+            input_ids=torch.from_numpy(np.concatenate([c.request.tokens[c.start : c.stop] for c in chunks])),
+            positions=torch.from_numpy(
+                np.concatenate([c.request.positions[:, c.start : c.stop] for c in chunks], axis=1)
+            ),
+            slots=torch.from_numpy(slots),
+            page_table=torch.from_numpy(page_table),
+            cu_seqlens_q=torch.from_numpy(ends.astype(np.int32)),
+            kv_lens=torch.tensor([c.stop for c in chunks], dtype=torch.int32),
+            logit_rows=torch.from_numpy(ends[1:][[c.samples for c in chunks]] - 1),
+            modality=torch.from_numpy(modality) if modality.any() else None,
+            media_rows=torch.from_numpy(np.concatenate(media_rows)) if media_rows else None,
+            media_feats=torch.cat(media_feats) if media_feats else None,
+            want_hidden=any(
+                r.return_hidden and c.start < r.num_prompt for r, c in zip(requests, chunks, strict=True)
+            ),
+        )
+
+    def _keep_hidden(self, chunks: list[Chunk], output: Any) -> None:
+        """Copy the hidden states of prompt tokens to the requests that want them."""
+        begin = 0
+        for chunk in chunks:
+            request, length = chunk.request, chunk.stop - chunk.start
+            count = min(chunk.stop, request.num_prompt) - chunk.start
+            if request.return_hidden and count > 0:
+                if request.hidden is None:
+                    shape = (request.num_prompt, output.hidden0.shape[1])
+                    with torch.inference_mode(False):  # the caller gets ordinary tensors
+                        request.hidden = Hidden(
+                            *(torch.empty(shape, dtype=output.hidden0.dtype) for _ in range(2))
+                        )
+                where = slice(chunk.start, chunk.start + count)
+                request.hidden.input[where] = output.hidden0[begin : begin + count]
+                request.hidden.last[where] = output.hidden_last[begin : begin + count]
+            begin += length
+
+    def _accept(self, request: Request, chosen: Sample) -> None:
+        """Append a sampled token, send the text it made certain, and end the request if it is over."""
+        live = self.live[request]
+        if request.num_output == 0:
+            request.clock.first_token = time.perf_counter()
+        request.append(chosen.token)
+        self.counts["generated_tokens"] += 1
+        delta, reason = live.answer.push(chosen, is_last=request.num_tokens >= request.limit)
+        if delta is not None:
+            live.outbox.put(delta)
+        if reason is not None:
+            self._finish(request, reason)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        """Free a request's memory and send its end."""
+        live = self._retire(request, reason)
+        if reason == "cancelled" and (delta := live.answer.flush()) is not None:
+            live.outbox.put(delta)
+        live.outbox.put(
+            Done(
+                finish_reason=reason,
+                text=live.answer.text,
+                usage=Usage(request.num_prompt, request.num_output, request.num_prefix_hit),
+                timings=_timings(request),
+                token_ids=tuple(request.output.tolist()),
+                logprobs=tuple(live.answer.logprobs),
+                hidden=request.hidden,
+            )
+        )
+
+    def _fail(self, request: Request, problem: MingError) -> None:
+        """Free a request's memory and send the error that ended it; one that has ended is left alone."""
+        if request in self.live:
+            self._retire(request, "error").outbox.put(problem)
+
+    def _retire(self, request: Request, reason: str) -> _Live:
+        live = self.live.pop(request)
+        self.scheduler.remove(request)
+        request.clock.finished = time.perf_counter()
+        self.counts["prefix_hit_tokens"] += request.num_prefix_hit
+        self.finished[reason] += 1
+        self._snapshot()
+        return live
+
+    def _snapshot(self) -> None:
+        self.stats = EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_pages=self.pool.num_pages,
+            kv_pages_used=self.pool.used,
+            kv_pages_cached=self.pool.idle,
+            preemptions=self.scheduler.preemptions,
+            finished=dict(self.finished),
+            media_cache_hits=self.media.hits,
+            **self.counts,
+        )
+
+
+def _timings(request: Request) -> Timings:
+    clock, tokens = request.clock, request.num_output
+    finished = clock.finished or time.perf_counter()
+    rate = None
+    if clock.first_token is not None and tokens > 1:
+        rate = (tokens - 1) / max(finished - clock.first_token, 1e-9)
+    return Timings(
+        queued=None if clock.started is None else clock.started - clock.submitted - clock.encode,
+        encode=clock.encode,
+        ttft=None if clock.first_token is None else clock.first_token - clock.submitted,
+        total=finished - clock.submitted,
+        decode_tokens_per_second=rate,
+        preemptions=request.preemptions,
+    )
+
+
+def _as_error(what: str, problem: Exception) -> MingError:
+    """The error a request ends with: a typed one as it is, any other inside an ``EngineError``."""
+    if isinstance(problem, MingError):
+        return problem
+    error = EngineError(f"{what}: {type(problem).__name__}: {problem}")
+    error.__cause__ = problem
+    return error
