@@ -252,15 +252,18 @@ def _render_items(generation: Generation, turn: Turn, trust_special: bool) -> li
     return segments
 
 
-def _count(value: object, text: str) -> int:
-    """Occurrences of ``text`` in all strings of a nested value, keys and file names included."""
-    if isinstance(value, str):
-        return value.count(text)
-    if isinstance(value, Mapping):
-        return sum(_count(key, text) + _count(entry, text) for key, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return sum(_count(entry, text) for entry in value)
-    return 0
+def _count(items: Iterable[object], text: str) -> int:
+    """Occurrences of ``text`` in all strings of nested values, keys and file names included."""
+    count, rest = 0, list(items)
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            count += value.count(text)
+        elif isinstance(value, Mapping):
+            rest += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            rest += value
+    return count
 
 
 def _merge(segments: Iterable[Segment]) -> list[Segment]:
