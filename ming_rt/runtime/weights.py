@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in total
 T = TypeVar("T")
 
 # Pages of consumed tensors are given back once this much has piled up.
-_DROP_BYTES = 16 << 20
+_DROP_BYTES = 8 << 20
 
 
 class WeightSource(Protocol):
