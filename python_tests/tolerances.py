@@ -31,6 +31,8 @@ TABLE = {
     ("golden_router_weight", torch.float32): Tolerance(1e-5, 0.0),
     ("golden_rope", torch.float32): Tolerance(2e-3, 0.0),  # an angle of 4000 rad has 2e-4 rounding in fp32
     ("golden_vision", torch.float32): Tolerance(5e-5, 0.0),
+    # Blocks amplify rounding in rows that are almost zero: the recording itself is 4.7e-5 from float64 there.
+    ("golden_vision_block", torch.float32): Tolerance(5e-5, 5e-6),
     ("golden_whisper", torch.float32): Tolerance(2e-5, 0.0),
     ("golden_sanm", torch.float32): Tolerance(3e-5, 0.0),
     ("golden_sanm_input", torch.float32): Tolerance(1e-4, 1e-4),
