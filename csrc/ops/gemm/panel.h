@@ -204,8 +204,7 @@ inline int64_t rows_per_item(int64_t rows, int64_t panels, int threads) {
   const int64_t most = (rows + 47) / 48;  // below 48 rows the panel's way from memory dominates
   if (blocks * panels < wanted) blocks = (wanted + panels - 1) / panels;
   if (blocks > most) blocks = most;
-  if (blocks < 1) blocks = 1;
-  return ((rows + blocks - 1) / blocks + 11) / 12 * 12;
+  return rows < 1 ? 12 : ((rows + blocks - 1) / blocks + 11) / 12 * 12;
 }
 
 // Work items handed out at once, so that tiny products are not all bookkeeping.

@@ -1,0 +1,222 @@
+"""linear and linear_swiglu: every ISA and dtype against float64, packing, epilogues, row independence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from ming_rt import ops
+
+DTYPES = [torch.float32, torch.bfloat16]
+SOURCES = [torch.float32, torch.float16, torch.bfloat16]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 16, 48, 65]
+WEIGHTS = [(64, 64), (1, 1), (65, 33), (130, 257), (31, 2), (192, 520)]  # [N, K]: tails in both, odd K
+
+
+def weight(rng, n, k, dtype):
+    return (torch.randn(n, k, generator=rng) * k**-0.5).to(dtype)
+
+
+def bits(x):
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = ops.num_threads()
+    ops.set_num_threads(request.param)
+    yield request.param
+    ops.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("shape", WEIGHTS)
+def test_unpack_returns_the_weight(isa, rng, shape, source, dtype):
+    wide = weight(rng, shape[0], shape[1] + 3, source)
+    wide[0, 0] = 1e-6  # a float16 subnormal
+    gate, up = wide[:, : shape[1]], wide[:, 3:]  # strided rows
+    packed = ops.pack_weight(gate, dtype)
+    assert torch.equal(packed.unpack(), gate.to(dtype))
+    assert packed.nbytes == packed.data.numel() * dtype.itemsize
+    # The padding is zero: nothing but the weight contributes to the sum of magnitudes.
+    assert packed.data.double().abs().sum() == pytest.approx(gate.to(dtype).double().abs().sum().item())
+    both = ops.pack_gate_up(gate, up, dtype)
+    assert torch.equal(both.unpack(), torch.cat([gate, up]).to(dtype))
+    assert both.n == shape[0]
+    assert both.gated
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_special_values(isa, dtype):
+    values = [0.0, -0.0, 1.0, -2.5, 65504.0, 2.0**-24, -(2.0**-14), float("inf"), -float("inf"), float("nan")]
+    w = torch.tensor([values], dtype=torch.float16)
+    unpacked = ops.pack_weight(w, dtype).unpack()
+    assert torch.equal(bits(unpacked)[:, :-1], bits(w.to(dtype))[:, :-1])
+    assert unpacked[0, -1].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_meta_weights_have_the_real_size(dtype):
+    real, meta = (torch.empty(100, 33, device=device) for device in ("cpu", "meta"))
+    for pack in (lambda w: ops.pack_weight(w, dtype), lambda w: ops.pack_gate_up(w, w, dtype)):
+        assert pack(meta).data.is_meta
+        assert pack(meta).nbytes == pack(real).nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WEIGHTS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_matches_float64(isa, rng, rows, shape, dtype):
+    n, k = shape
+    x = torch.randn(rows, k, generator=rng).to(dtype)
+    w, bias = weight(rng, n, k, dtype), torch.randn(n, generator=rng).to(dtype)
+    packed = ops.pack_weight(w, dtype)
+    assert_close(ops.linear(x, packed), ops.linear_torch(x.double(), w.double()))
+    assert_close(ops.linear(x, packed, bias), ops.linear_torch(x.double(), w.double(), bias.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WEIGHTS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_swiglu_matches_float64(isa, rng, rows, shape, dtype):
+    n, k = shape
+    x = torch.randn(rows, k, generator=rng).to(dtype)
+    gate, up = weight(rng, n, k, dtype), weight(rng, n, k, dtype)
+    bias = torch.randn(2 * n, generator=rng).to(dtype)
+    packed, plain = ops.pack_gate_up(gate, up, dtype), torch.cat([gate, up]).double()
+    assert_close(ops.linear_swiglu(x, packed), ops.linear_swiglu_torch(x.double(), plain))
+    assert_close(
+        ops.linear_swiglu(x, packed, bias), ops.linear_swiglu_torch(x.double(), plain, bias.double())
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("act", [None, "gelu", "silu", "relu"])
+def test_epilogue(isa, rng, act, out_dtype, dtype):
+    x = 3 * torch.randn(9, 40, generator=rng)
+    w, bias = weight(rng, 83, 40, dtype), torch.randn(83, generator=rng).to(dtype)
+    x, residual = x.to(dtype), torch.randn(9, 83, generator=rng).to(out_dtype)
+    packed = ops.pack_weight(w, dtype)
+    y = ops.linear(x, packed, bias, act=act, out_dtype=out_dtype)
+    assert y.dtype == out_dtype
+    assert_close(y, ops.linear_torch(x.double(), w.double(), bias.double(), act=act, out_dtype=torch.float64))
+    # The stated rounding points: once to the output dtype, once more after the residual.
+    exact = ops.linear(x, packed, bias, act=act, out_dtype=torch.float32)
+    assert torch.equal(y, exact.to(out_dtype))
+    added = ops.linear(x, packed, bias, act=act, out_dtype=out_dtype, residual=residual)
+    assert torch.equal(added, y + residual)
+
+
+def test_activations_over_their_range(isa):
+    x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-1e30, -100.0, 100.0, 1e30])])[:, None]
+    one = ops.pack_weight(torch.ones(1, 1), torch.float32)
+    for act in ("gelu", "silu", "relu"):
+        expected = ops.linear_torch(x.double(), torch.ones(1, 1).double(), act=act)
+        assert_close(ops.linear(x, one, act=act), expected)
+        assert ops.linear(torch.tensor([[float("nan")]]), one, act=act).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(200, 96), (65, 33)])
+def test_a_row_does_not_depend_on_batch_or_threads(isa, threads, rng, shape, dtype):
+    n, k = shape
+    x = torch.randn(131, k, generator=rng).to(dtype)
+    w = weight(rng, n, k, dtype)
+    packed, gated = ops.pack_weight(w, dtype), ops.pack_gate_up(w, w.flip(0), dtype)
+    for run in (
+        lambda rows: ops.linear(rows, packed, act="gelu"),
+        lambda rows: ops.linear_swiglu(rows, gated),
+    ):
+        whole = run(x)
+        for rows in ROWS:
+            assert torch.equal(run(x[-rows:]), whole[-rows:])
+        assert torch.equal(run(x.flip(0)), whole.flip(0))
+        ops.set_num_threads(3)
+        assert torch.equal(run(x), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unused_memory_is_not_read(isa, rng, dtype):
+    wide = torch.full((9, 50), float("nan"), dtype=dtype)
+    wide[1:8, 5:38] = torch.randn(7, 33, generator=rng).to(dtype)
+    x = wide[1:8, 5:38]  # odd width between NaN columns and rows
+    packed = ops.pack_weight(weight(rng, 70, 33, dtype), dtype)
+    residual = torch.full((7, 100), float("nan"), dtype=dtype)
+    residual[:, 7:77] = 1.0
+    assert torch.equal(ops.linear(x, packed), ops.linear(x.clone(), packed))
+    actual = ops.linear(x, packed, residual=residual[:, 7:77])
+    assert torch.equal(actual, ops.linear(x, packed, residual=torch.ones(7, 70, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bad_row_stays_alone(isa, rng, dtype):
+    x = torch.randn(13, 32, generator=rng).to(dtype)
+    packed = ops.pack_weight(weight(rng, 70, 32, dtype), dtype)
+    clean = ops.linear(x, packed)
+    x[4, 3], x[9, 0] = float("nan"), float("inf")
+    y = ops.linear(x, packed)
+    good = [i for i in range(13) if i not in (4, 9)]
+    assert torch.equal(y[good], clean[good])
+    assert y[4].isnan().all()
+    assert not y[9].isfinite().any()
+
+
+def test_overlapping_rows(isa, rng):
+    signal = torch.randn(100, generator=rng)
+    frames = signal.as_strided((24, 8), (4, 1))
+    packed = ops.pack_weight(weight(rng, 16, 8, torch.float32), torch.float32)
+    assert torch.equal(ops.linear(frames, packed), ops.linear(frames.contiguous(), packed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows(isa, dtype):
+    packed = ops.pack_weight(torch.ones(5, 3), dtype)
+    assert ops.linear(torch.empty(0, 3, dtype=dtype), packed).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_composition_is_the_same_op(isa, rng, dtype):
+    x, residual = torch.randn(5, 48, generator=rng).to(dtype), torch.randn(5, 20, generator=rng).to(dtype)
+    packed, bias = (
+        ops.pack_weight(weight(rng, 20, 48, dtype), dtype),
+        torch.randn(20, generator=rng).to(dtype),
+    )
+    options = {"act": "gelu", "residual": residual}
+    assert_close(
+        ops.linear(x, packed, bias, **options), ops.linear_torch(x, packed, bias, **options), "op_composition"
+    )
+    gated = ops.pack_gate_up(weight(rng, 20, 48, dtype), weight(rng, 20, 48, dtype), dtype)
+    assert_close(ops.linear_swiglu(x, gated), ops.linear_swiglu_torch(x, gated), "op_composition")
+
+
+def test_bad_arguments():
+    packed = ops.pack_weight(torch.ones(4, 6), torch.float32)
+    x = torch.ones(2, 6)
+    cases = [
+        (lambda: ops.linear(x[:, :5], packed), "linear: w: expected 320 packed elements .* got 384"),
+        (lambda: ops.linear(x.bfloat16(), packed), "linear: w: expected bfloat16, got float32"),
+        (lambda: ops.linear(x.half(), packed), "linear: x: expected float32 or bfloat16, got float16"),
+        (lambda: ops.linear(x, packed, torch.ones(3)), "linear: bias: expected shape"),
+        (lambda: ops.linear(x, packed, residual=torch.ones(3, 4)), "linear: residual: expected shape"),
+        (lambda: ops.linear(x.t(), packed), "linear: x: expected a contiguous last dimension"),
+        (lambda: ops.linear(x, packed, act="tanh"), "linear: expected act None, 'gelu', 'silu' or 'relu'"),
+        (lambda: ops.linear_swiglu(x, packed, torch.ones(4)), "linear: bias: expected shape"),
+        (
+            lambda: ops.pack_gate_up(torch.ones(4, 6), torch.ones(4, 5), torch.float32),
+            "pack_weight: up: expected",
+        ),
+        (
+            lambda: ops.pack_weight(torch.ones(4, 6), torch.float16),
+            "pack_weight: packed: expected float32 or",
+        ),
+        (
+            lambda: ops.pack_weight(torch.ones(4, 6).int(), torch.float32),
+            "pack_weight: weight: expected float32",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,259 @@
+"""Mixture of experts: routers and products against float64, permutation, combination, row independence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from ming_rt import ops
+
+DTYPES = [torch.float32, torch.bfloat16]
+# tokens, hidden, width, experts, top_k: tails everywhere, one expert, as many choices as experts
+SHAPES = [(1, 64, 32, 8, 3), (7, 33, 17, 5, 1), (20, 48, 40, 8, 3), (130, 100, 70, 16, 4), (3, 5, 3, 1, 1)]
+LOADS = ["random", "hot", "single", "two"]
+
+
+def choices(rng, tokens, experts, top_k, load):
+    """topk_ids: random; every token also on expert 0; all on the first top_k; only first and last experts."""
+    if load == "single":
+        return torch.arange(top_k, dtype=torch.int32).repeat(tokens, 1)
+    ids = torch.rand(tokens, experts, generator=rng)
+    if load == "hot":
+        ids[:, 0] = 2.0
+    if load == "two" and experts > 2 * top_k:
+        ids[:, top_k : experts - top_k] = -1.0
+    return ids.topk(top_k).indices.sort().values.int()
+
+
+def make_experts(rng, experts, hidden, width, dtype):
+    packed = ops.pack_experts(experts, hidden, width, dtype)
+    plain = []
+    for e in range(experts):
+        gate, up = ((torch.randn(width, hidden, generator=rng) * hidden**-0.5).to(dtype) for _ in range(2))
+        down = (torch.randn(hidden, width, generator=rng) * width**-0.5).to(dtype)
+        packed.set(e, gate, up, down)
+        plain.append((torch.cat([gate, up]).double(), down.double()))
+    return packed, plain
+
+
+def make_routers(rng, routers, experts, hidden, bias=True):
+    weights = torch.randn(routers, experts, hidden, generator=rng) * hidden**-0.5
+    return ops.RouterWeights(weights, 0.3 * torch.randn(routers, experts, generator=rng) if bias else None)
+
+
+def double(routers):
+    return routers.unpack().double(), None if routers.bias is None else routers.bias.double()
+
+
+ROUTES = [
+    {"kind": "softmax", "top_k": 6, "norm_topk_prob": True},
+    {"kind": "softmax", "top_k": 6, "norm_topk_prob": False, "scaling": 0.5},
+    {"kind": "softmax", "top_k": 1, "norm_topk_prob": True},
+    {"kind": "grouped_sigmoid", "top_k": 8, "n_group": 8, "topk_group": 4, "scaling": 2.5},
+    {"kind": "grouped_sigmoid", "top_k": 1, "n_group": 4, "topk_group": 1, "scaling": 2.5},
+    {"kind": "grouped_sigmoid", "top_k": 4, "n_group": 1, "topk_group": 1},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", ROUTES, ids=lambda o: f"{o['kind']}-top{o['top_k']}")
+@pytest.mark.parametrize("experts", [16, 64, 256])
+def test_route_matches_float64(isa, rng, experts, options, dtype):
+    x = torch.randn(37, 50, generator=rng).to(dtype)
+    routers = make_routers(rng, 3, experts, 50)
+    modality = torch.randint(0, 3, (37,), generator=rng, dtype=torch.uint8)
+    for mask in (None, modality, torch.full_like(modality, 2)):
+        ids, weights, logits = ops.moe_route(x, routers, mask, **options)
+        expected = ops.moe_route_torch(x, double(routers), mask, **options)
+        assert torch.equal(ids, expected[0])
+        assert_close(weights, expected[1])
+        assert_close(logits, expected[2])
+
+
+def test_route_negative_scores_mask_with_minus_infinity(isa):
+    """All biased scores negative: a masked group must not win with zeros."""
+    bias = torch.tensor([[-5.0, -5.1, -9.0, -9.1]])
+    routers = ops.RouterWeights(torch.zeros(1, 4, 2), bias)
+    options = {"kind": "grouped_sigmoid", "top_k": 2, "n_group": 2, "topk_group": 1}
+    assert ops.moe_route(torch.ones(1, 2), routers, **options)[0].tolist() == [[0, 1]]
+
+
+def test_route_ties_go_to_the_lower_id(isa):
+    routers = ops.RouterWeights(torch.zeros(1, 12, 4), torch.zeros(1, 12))
+    x = torch.ones(3, 4)
+    assert (ops.moe_route(x, routers, kind="softmax", top_k=3)[0] == torch.arange(3)).all()
+    options = {"kind": "grouped_sigmoid", "top_k": 4, "n_group": 4, "topk_group": 2}
+    assert (ops.moe_route(x, routers, **options)[0] == torch.arange(4)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_route_wild_numbers_give_valid_ids(isa, rng, value):
+    x = torch.randn(5, 8, generator=rng)
+    x[2, 3] = value
+    routers = make_routers(rng, 1, 16, 8)
+    for options in (ROUTES[0], {**ROUTES[3], "n_group": 4}):
+        ids, weights, _ = ops.moe_route(x, routers, **options)
+        assert ((ids >= 0) & (ids < 16)).all()
+        assert (ids[:, 1:] > ids[:, :-1]).all()
+        assert weights[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_route_a_token_alone_is_the_same(isa, rng, dtype):
+    x = torch.randn(133, 40, generator=rng).to(dtype)
+    routers, modality = make_routers(rng, 3, 70, 40), torch.arange(133).remainder(3).to(torch.uint8)
+    whole = ops.moe_route(x, routers, modality, kind="softmax", top_k=4)
+    for t in (0, 1, 64, 132):
+        one = ops.moe_route(x[t : t + 1], routers, modality[t : t + 1], kind="softmax", top_k=4)
+        for a, b in zip(one, whole, strict=True):
+            assert torch.equal(a[0], b[t])
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_permute(isa, rng, shape, load):
+    tokens, _, _, experts, top_k = shape
+    ids = choices(rng, tokens, experts, top_k, load)
+    for actual, expected in zip(
+        ops.moe_permute(ids, experts), ops.moe_permute_torch(ids, experts), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_match_float64(isa, rng, shape, load, dtype):
+    tokens, hidden, width, experts, top_k = shape
+    packed, plain = make_experts(rng, experts, hidden, width, dtype)
+    wide = torch.full((tokens, hidden + 8), float("nan"), dtype=dtype)
+    x = wide[:, 3 : 3 + hidden]
+    x[:] = torch.randn(tokens, hidden, generator=rng).to(dtype)
+    rows, offsets = ops.moe_permute(choices(rng, tokens, experts, top_k, load), experts)
+    h = ops.grouped_gemm_swiglu(x, rows, offsets, top_k, packed)
+    assert_close(h, ops.grouped_gemm_swiglu_torch(x.double(), rows, offsets, top_k, plain))
+    y = ops.grouped_gemm_down(h, rows, offsets, packed)
+    assert_close(y, ops.grouped_gemm_down_torch(h.double(), rows, offsets, plain))
+    weights = torch.rand(tokens, top_k, generator=rng)
+    shared = torch.randn(tokens, hidden, generator=rng).to(dtype)
+    combined = ops.moe_combine(y, weights)
+    assert_close(combined, ops.moe_combine_torch(y.double(), weights.double()))
+    assert torch.equal(ops.moe_combine(y, weights, shared), combined + shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_alone_is_the_same(isa, rng, dtype):
+    tokens, hidden, width, experts, top_k = 97, 72, 40, 8, 3
+    packed, _ = make_experts(rng, experts, hidden, width, dtype)
+    x = torch.randn(tokens, hidden, generator=rng).to(dtype)
+    ids, weights = choices(rng, tokens, experts, top_k, "hot"), torch.rand(tokens, top_k, generator=rng)
+
+    def block(t):
+        rows, offsets = ops.moe_permute(ids[t].contiguous(), experts)
+        h = ops.grouped_gemm_swiglu(x[t], rows, offsets, top_k, packed)
+        return ops.moe_combine(ops.grouped_gemm_down(h, rows, offsets, packed), weights[t].contiguous(), x[t])
+
+    before = ops.num_threads()
+    try:
+        whole = block(slice(None))
+        for threads in (1, 2, 5):
+            ops.set_num_threads(threads)
+            assert torch.equal(block(slice(None)), whole)
+            for part in (slice(0, 1), slice(5, 6), slice(40, 97), slice(96, 97)):
+                assert torch.equal(block(part), whole[part])
+    finally:
+        ops.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unchosen_experts_are_not_read(isa, rng, dtype):
+    packed, plain = make_experts(rng, 6, 20, 12, dtype)
+    for e in (0, 2, 5):
+        packed.gate_up[e], packed.down[e] = float("nan"), float("nan")
+    x = torch.randn(9, 20, generator=rng).to(dtype)
+    ids = torch.tensor([[1, 3], [3, 4], [1, 4]] * 3, dtype=torch.int32)
+    rows, offsets = ops.moe_permute(ids, 6)
+    h = ops.grouped_gemm_swiglu(x, rows, offsets, 2, packed)
+    assert_close(h, ops.grouped_gemm_swiglu_torch(x.double(), rows, offsets, 2, plain))
+    assert ops.grouped_gemm_down(h, rows, offsets, packed).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_tokens(isa, rng, dtype):
+    packed, _ = make_experts(rng, 4, 8, 6, dtype)
+    x = torch.empty(0, 8, dtype=dtype)
+    ids, weights, _ = ops.moe_route(x, make_routers(rng, 1, 4, 8), kind="softmax", top_k=2)
+    rows, offsets = ops.moe_permute(ids, 4)
+    assert offsets.tolist() == [0] * 5
+    h = ops.grouped_gemm_swiglu(x, rows, offsets, 2, packed)
+    assert ops.moe_combine(ops.grouped_gemm_down(h, rows, offsets, packed), weights).shape == (0, 8)
+
+
+def test_combine_sums_in_fp32(isa):
+    """bfloat16 terms that cancel: a bfloat16 running sum would lose the small one."""
+    y = torch.tensor([[256.0], [0.5], [-256.0]]).bfloat16()
+    assert ops.moe_combine(y, torch.ones(1, 3)).item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_experts(rng, dtype):
+    packed, plain = make_experts(rng, 3, 37, 21, dtype)
+    for e in range(3):
+        gate_up, down = packed.unpack(e)
+        assert torch.equal(gate_up.double(), plain[e][0])
+        assert torch.equal(down.double(), plain[e][1])
+    meta = ops.pack_experts(3, 37, 21, dtype)
+    assert meta.gate_up.is_meta
+    meta.set(0, *(torch.empty(shape, device="meta") for shape in ((21, 37), (21, 37), (37, 21))))
+    assert meta.gate_up.is_meta
+    assert meta.nbytes == packed.nbytes
+    routers = torch.randn(2, 5, 9, generator=rng).to(dtype)
+    assert torch.equal(ops.RouterWeights(routers).unpack(), routers.float())
+    assert ops.RouterWeights(routers.to("meta")).nbytes == ops.RouterWeights(routers).nbytes
+
+
+def test_bad_arguments(rng):
+    packed, _ = make_experts(rng, 4, 8, 6, torch.float32)
+    routers = make_routers(rng, 2, 4, 8)
+    x = torch.ones(2, 8)
+    rows, offsets = ops.moe_permute(torch.tensor([[0, 1], [1, 3]], dtype=torch.int32), 4)
+    modality = torch.tensor([0, 2], dtype=torch.uint8)
+    group = {"kind": "grouped_sigmoid", "n_group": 2, "topk_group": 1}
+    cases = [
+        (lambda: ops.moe_route(x, routers, kind="noisy", top_k=2), "moe_route: expected kind"),
+        (lambda: ops.moe_route(x, routers, kind="softmax", top_k=5), "moe_route: expected top_k"),
+        (
+            lambda: ops.moe_route(x, routers, modality, kind="softmax", top_k=2),
+            "moe_route: modality: expected",
+        ),
+        (lambda: ops.moe_route(x[:, :7], routers, kind="softmax", top_k=2), "moe_route: routers: expected"),
+        (lambda: ops.moe_route(x, routers, top_k=3, **group), "moe_route: expected topk_group"),
+        (
+            lambda: ops.moe_route(x, routers, top_k=2, **{**group, "n_group": 4}),
+            "moe_route: expected n_group",
+        ),
+        (
+            lambda: ops.moe_permute(torch.tensor([[4]], dtype=torch.int32), 4),
+            "moe_permute: topk_ids: expected",
+        ),
+        (
+            lambda: ops.moe_permute(torch.tensor([[-1]], dtype=torch.int32), 4),
+            "moe_permute: topk_ids: expected",
+        ),
+        (
+            lambda: ops.grouped_gemm_swiglu(x, rows + 1, offsets, 2, packed),
+            "rows: expected values in 0..3, got 4",
+        ),
+        (lambda: ops.grouped_gemm_swiglu(x, rows, offsets.flip(0), 2, packed), "offsets: expected ascending"),
+        (lambda: ops.grouped_gemm_swiglu(x, rows, offsets[:-1], 2, packed), "offsets: expected one more"),
+        (lambda: ops.grouped_gemm_swiglu(x, rows, offsets, 3, packed), "rows: expected tokens"),
+        (lambda: ops.grouped_gemm_down(x, rows, offsets, packed), "grouped_gemm_down: rows: expected shape"),
+        (lambda: ops.moe_combine(torch.ones(3, 8), torch.ones(2, 2)), "moe_combine: expert_out: expected"),
+        (lambda: packed.set(0, x, x, x), "expert gate: expected shape"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(IndexError, match="expert 4"):
+        packed.set(4, x, x, x)
