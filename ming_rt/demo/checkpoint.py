@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ming_rt.config import Generation, OmniConfig
-from ming_rt.demo.configs import TINY_BASE_VOCAB, config_dict, preprocessor_dict
+from ming_rt.demo.configs import config_dict, preprocessor_dict
 from ming_rt.demo.tokenizer import write_tokenizer
 from ming_rt.models.omni import Omni
 from ming_rt.runtime.weights import RandomSource, RecordingSource, default_scale
@@ -58,7 +58,7 @@ def _write(directory: Path, generation: Generation, seed: int) -> None:
     config, preprocessor = config_dict(generation), preprocessor_dict(generation)
     _write_json(directory / "config.json", config)
     _write_json(directory / "preprocessor_config.json", preprocessor)
-    write_tokenizer(directory, generation)
+    readable = write_tokenizer(directory, generation)
     if generation in ("preview", "v1"):
         _write_cmvn(directory / preprocessor["wav_frontend_args"]["cmvn_file"])
     stored = torch.float32 if generation == "v1" else torch.bfloat16
@@ -67,10 +67,11 @@ def _write(directory: Path, generation: Generation, seed: int) -> None:
         lambda name: torch.float32 if name.endswith(".expert_bias") else stored,
     )
     Omni(OmniConfig.from_dict(config, preprocessor), source)
-    # Added tokens and half characters are drowned out, so that the random answer is made of words.
+    # Added tokens and parts of characters are drowned out, so that the random answer is made of words.
     head = source.tensors["model.lm_head.weight"]
-    head[TINY_BASE_VOCAB:] *= 0.25
-    head[94:256] *= 0.25
+    loud = torch.zeros(len(head), dtype=torch.bool)
+    loud[readable] = True
+    head[~loud] *= 0.25
     _write_shards(directory, source.tensors)
 
 

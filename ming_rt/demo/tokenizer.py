@@ -36,8 +36,11 @@ Music has rhythm and melody; drawing has lines and colour; cooking has smell, he
 """.strip()
 
 
-def write_tokenizer(directory: Path, generation: Generation) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
+def write_tokenizer(directory: Path, generation: Generation) -> list[int]:
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    Returns the ids of the tokens that are whole printable characters by themselves.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,3 +92,5 @@ def write_tokenizer(directory: Path, generation: Generation) -> None:
         ("special_tokens_map.json", named),
     ):
         (directory / name).write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    texts = [tokenizer.decode([token]) for token in range(TINY_BASE_VOCAB)]
+    return [token for token, text in enumerate(texts) if text.isprintable() and "\ufffd" not in text]
