@@ -3,6 +3,7 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/thread_pool.h"
+#include "common/transpose.h"
 
 namespace ming {
 namespace MING_ISA {
@@ -124,78 +125,6 @@ struct Floats {
 
 #endif
 
-// Square transposes by perfect shuffles: 16x16 bytes, 4x4 floats.
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef float Quad __attribute__((vector_size(16)));
-
-inline void transpose(Bytes* a) {
-  Bytes b[L];
-  for (int stage = 0; stage < 4; ++stage) {
-    for (int i = 0; i < L / 2; ++i) {
-      b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      b[2 * i + 1] =
-          __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    for (int i = 0; i < L; ++i) a[i] = b[i];
-  }
-}
-
-inline void transpose(Quad* a) {
-  Quad b[4];
-  for (int stage = 0; stage < 2; ++stage) {
-    for (int i = 0; i < 2; ++i) {
-      b[2 * i] = __builtin_shufflevector(a[i], a[i + 2], 0, 4, 1, 5);
-      b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 2], 2, 6, 3, 7);
-    }
-    for (int i = 0; i < 4; ++i) a[i] = b[i];
-  }
-}
-
-template <typename T>
-struct Block;
-template <>
-struct Block<uint8_t> {
-  using Vector = Bytes;
-};
-template <>
-struct Block<float> {
-  using Vector = Quad;
-};
-
-// tile[i][lane] = row[lane][i] for `count` values of L rows
-template <typename T>
-void rows_to_tile(const T* const* row, int64_t count, T* tile) {
-  using V = typename Block<T>::Vector;
-  constexpr int B = sizeof(V) / sizeof(T);
-  V a[B];
-  int64_t i = 0;
-  for (; i + B <= count; i += B)
-    for (int r0 = 0; r0 < L; r0 += B) {
-      for (int r = 0; r < B; ++r) std::memcpy(&a[r], row[r0 + r] + i, sizeof(V));
-      transpose(a);
-      for (int r = 0; r < B; ++r) std::memcpy(tile + (i + r) * L + r0, &a[r], sizeof(V));
-    }
-  for (; i < count; ++i)
-    for (int r = 0; r < L; ++r) tile[i * L + r] = row[r][i];
-}
-
-// The inverse, for the first `rows` rows.
-template <typename T>
-void tile_to_rows(const T* tile, int64_t count, int rows, T* dst, int64_t stride) {
-  using V = typename Block<T>::Vector;
-  constexpr int B = sizeof(V) / sizeof(T);
-  V a[B];
-  int64_t i = 0;
-  for (; i + B <= count; i += B)
-    for (int r0 = 0; r0 < rows; r0 += B) {
-      for (int r = 0; r < B; ++r) std::memcpy(&a[r], tile + (i + r) * L + r0, sizeof(V));
-      transpose(a);
-      for (int r = 0; r < B && r0 + r < rows; ++r) std::memcpy(dst + (r0 + r) * stride + i, &a[r], sizeof(V));
-    }
-  for (; i < count; ++i)
-    for (int r = 0; r < rows; ++r) dst[r * stride + i] = tile[i * L + r];
-}
-
 template <typename A>
 struct WeightOf {
   using type = float;
@@ -230,9 +159,9 @@ void horizontal(const S* src, D* dst, int64_t rows, const ResizeParams& p) {
       const int count = rows - first < L ? int(rows - first) : L;
       const S* row[L];
       for (int r = 0; r < L; ++r) row[r] = src + (first + (r < count ? r : 0)) * in;
-      rows_to_tile(row, in, tile);
+      rows_to_tile<L>(row, in, tile);
       convolve_tile<A, C>(tile, p.x, p.out_w, result);
-      tile_to_rows(result, out, count, dst + first * out, out);
+      tile_to_rows<L>(result, out, count, dst + first * out, out);
     }
   });
 }

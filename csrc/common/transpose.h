@@ -1,0 +1,83 @@
+// Square transposes in registers by perfect shuffles: 16x16 bytes and 4x4 floats.
+#pragma once
+
+#include "common/simd.h"
+
+namespace ming {
+namespace MING_ISA {
+
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef float Floats4 __attribute__((vector_size(16)));
+
+static inline void transpose(Bytes16* a) {
+  Bytes16 b[16];
+  for (int stage = 0; stage < 4; ++stage) {
+    for (int i = 0; i < 8; ++i) {
+      b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      b[2 * i + 1] =
+          __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < 16; ++i) a[i] = b[i];
+  }
+}
+
+static inline void transpose(Floats4* a) {
+  Floats4 b[4];
+  for (int stage = 0; stage < 2; ++stage) {
+    for (int i = 0; i < 2; ++i) {
+      b[2 * i] = __builtin_shufflevector(a[i], a[i + 2], 0, 4, 1, 5);
+      b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 4; ++i) a[i] = b[i];
+  }
+}
+
+template <typename T>
+struct TransposeBlock;
+template <>
+struct TransposeBlock<uint8_t> {
+  using Vector = Bytes16;
+};
+template <>
+struct TransposeBlock<float> {
+  using Vector = Floats4;
+};
+
+// tile[i][lane] = row[lane][i] for `count` values of `Lanes` rows, which are a multiple of the block.
+template <int Lanes, typename T>
+static inline void rows_to_tile(const T* const* row, int64_t count, T* tile) {
+  using V = typename TransposeBlock<T>::Vector;
+  constexpr int B = sizeof(V) / sizeof(T);
+  static_assert(Lanes % B == 0);
+  const int64_t whole = count / B * B;
+  V a[B];
+  for (int64_t i = 0; i < whole; i += B)
+    for (int r0 = 0; r0 < Lanes; r0 += B) {
+      for (int r = 0; r < B; ++r) std::memcpy(&a[r], row[r0 + r] + i, sizeof(V));
+      transpose(a);
+      for (int r = 0; r < B; ++r) std::memcpy(tile + (i + r) * Lanes + r0, &a[r], sizeof(V));
+    }
+  for (int64_t i = whole; i < count; ++i)
+    for (int r = 0; r < Lanes; ++r) tile[i * Lanes + r] = row[r][i];
+}
+
+// The inverse, for the first `rows` rows.
+template <int Lanes, typename T>
+static inline void tile_to_rows(const T* tile, int64_t count, int rows, T* dst, int64_t stride) {
+  using V = typename TransposeBlock<T>::Vector;
+  constexpr int B = sizeof(V) / sizeof(T);
+  static_assert(Lanes % B == 0);
+  const int64_t whole = count / B * B;
+  V a[B];
+  for (int64_t i = 0; i < whole; i += B)
+    for (int r0 = 0; r0 < rows; r0 += B) {
+      for (int r = 0; r < B; ++r) std::memcpy(&a[r], tile + (i + r) * Lanes + r0, sizeof(V));
+      transpose(a);
+      for (int r = 0; r < B && r0 + r < rows; ++r) std::memcpy(dst + (r0 + r) * stride + i, &a[r], sizeof(V));
+    }
+  for (int64_t i = whole; i < count; ++i)
+    for (int r = 0; r < rows; ++r) dst[r * stride + i] = tile[i * Lanes + r];
+}
+
+}  // namespace MING_ISA
+}  // namespace ming
