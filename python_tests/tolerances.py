@@ -27,6 +27,8 @@ TABLE = {
     # A fused op against a torch composition that rounds between its steps.
     ("op_composition", torch.float32): Tolerance(2e-5, 2e-5),
     ("op_composition", torch.bfloat16): Tolerance(3e-2, 3e-2),
+    # Norm of the difference of whole-model logits, bfloat16 run against float32 run.
+    ("model_relative", torch.bfloat16): Tolerance(0.0, 5e-2),
     # Recorded outputs of the original implementation, fp32.
     ("golden_logits", torch.float32): Tolerance(1e-3, 0.0),
     ("golden_norm", torch.float32): Tolerance(0.0, 1e-5),
