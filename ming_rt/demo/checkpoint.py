@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,11 +63,12 @@ def _write(directory: Path, generation: Generation, seed: int) -> None:
     if generation in ("preview", "v1"):
         _write_cmvn(directory / preprocessor["wav_frontend_args"]["cmvn_file"])
     stored = torch.float32 if generation == "v1" else torch.bfloat16
+    omni = OmniConfig.from_dict(config, preprocessor)
     source = RecordingSource(
-        RandomSource(seed, torch.float32, _scale),
+        RandomSource(seed, torch.float32, _scale(omni.thinker.routed_scaling_factor)),
         lambda name: torch.float32 if name.endswith(".expert_bias") else stored,
     )
-    Omni(OmniConfig.from_dict(config, preprocessor), source)
+    Omni(omni, source)
     # Added tokens and parts of characters are drowned out, so that the random answer is made of words.
     head = source.tensors["model.lm_head.weight"]
     loud = torch.zeros(len(head), dtype=torch.bool)
@@ -75,10 +77,15 @@ def _write(directory: Path, generation: Generation, seed: int) -> None:
     _write_shards(directory, source.tensors)
 
 
-def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def _scale(routed_scaling: float) -> Callable[[str, tuple[int, ...]], tuple[float, float]]:
     """Expert outputs are kept small: where two routers' scores tie, rounding must not decide the answer."""
-    mean, std = default_scale(name, shape)
-    return mean, std * (0.5 if ".experts." in name and name.endswith("down_proj.weight") else 1.0)
+
+    def scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        mean, std = default_scale(name, shape)
+        small = ".experts." in name and name.endswith("down_proj.weight")
+        return mean, std * (0.5 / routed_scaling if small else 1.0)
+
+    return scale
 
 
 def _write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:

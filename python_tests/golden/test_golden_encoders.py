@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
 import torch
 from golden_cases import GoldenCase, golden_cases
 from thinker_harness import load_case
@@ -22,12 +21,6 @@ def has_vision(case: GoldenCase) -> bool:
 
 def has_audio(case: GoldenCase) -> bool:
     return case.has("weights.safetensors") and any(key.endswith(".audio_embeds") for key in case.outputs)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 class Taps(dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-import pytest
 import torch
 from golden_cases import GoldenCase, golden_cases
 from thinker_harness import Prompt, Runner, load_case
@@ -319,9 +318,3 @@ def test_norms(case: GoldenCase, isa):
                 assert torch.equal(actual, expected), prefix
             else:
                 assert_close(actual, expected, "golden_norm")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield

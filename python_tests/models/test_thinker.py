@@ -20,12 +20,6 @@ LENGTHS = (5, 23, 12)
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
 def make_runner(family: str, dtype: torch.dtype = torch.float32, lengths=LENGTHS, **changes) -> Runner:
     config = tiny_config(family)
     thinker = Thinker(config, RandomSource(3, dtype))
