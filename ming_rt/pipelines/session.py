@@ -1,0 +1,380 @@
+"""A loaded model ready for use: chat and transcription, from any thread or event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from ming_rt import ops
+from ming_rt.config import GENERATIONS, Generation, OmniConfig
+from ming_rt.errors import (
+    CapacityError,
+    ConfigError,
+    EngineClosedError,
+    InvalidRequestError,
+    UnsupportedError,
+)
+from ming_rt.inputs.chat_template import asr_prompt
+from ming_rt.inputs.limits import DEFAULT_LIMITS, Limits
+from ming_rt.inputs.processor import Processor, Prompt
+from ming_rt.inputs.tokenizer import Tokenizer
+from ming_rt.models.omni import Omni
+from ming_rt.pipelines.events import Done, Transcript
+from ming_rt.runtime import weights
+from ming_rt.runtime.checkpoint import Checkpoint
+from ming_rt.runtime.engine import Engine, EngineOptions, EngineStats
+from ming_rt.runtime.handle import Handle
+from ming_rt.runtime.kv_cache import KVCache
+from ming_rt.runtime.memory import available_memory
+from ming_rt.runtime.progress import ProgressBar
+from ming_rt.runtime.request import SamplingParams
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Context = str | Sequence[str] | Mapping[str, Any]
+
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PAGE_SIZE = 32
+KV_SHARE = 0.25  # of the free memory
+KV_LEAST = 64 << 20  # where hardly anything is free; pages take memory only when they are used
+KV_SEQUENCES = 4  # of full length that the cache should hold, if that is less
+
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
+# Options of a prompt and their types; None = not given.
+_PROMPT: dict[str, type | tuple[type, ...]] = {
+    "thinking": bool,
+    "use_whisper_encoder": (bool, type(None)),
+    "answer_prefix": str,
+    "trust_special": bool,
+    "system_template": (str, type(None)),
+    "add_generation_prompt": bool,
+    "use_cot_system_prompt": bool,
+    "sys_prompt_exp": (str, type(None)),
+}
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What is loaded and how much it can hold."""
+
+    path: Path
+    generation: Generation
+    dtype: str
+    parts: tuple[str, ...]
+    """thinker, and those of vision, whisper, sanm that the checkpoint has."""
+    max_model_len: int
+    """Longest prompt + answer in tokens."""
+    kv_tokens: int
+    """Tokens the KV cache holds over all requests."""
+    kv_bytes: int
+
+
+def load(path: str | Path, **options: Any) -> Session:
+    """Load a checkpoint and return the session; the arguments are those of ``Session``."""
+    return Session(path, **options)
+
+
+class Session:
+    """One loaded model with its engine; close it, use it as a context manager, or drop it.
+
+    Args:
+        path: checkpoint directory in upstream's layout, or ``"demo"`` / ``"demo:GENERATION"`` for the tiny
+            random model.
+        device: ``"auto"`` or ``"cpu"``.
+        dtype: compute dtype; ``"auto"`` is bfloat16, in which the original runs its models.
+        tp: tensor-parallel ranks; 1.
+        quant: weight quantisation; None.
+        threads: CPU threads of the kernels, for the whole process; None leaves them as they are.
+        progress: draw a progress bar while a big checkpoint loads.
+        kv_bytes: memory of the KV cache; None = a quarter of the free memory, at most what four sequences of
+            full length need.
+        max_model_len: longest prompt + answer in tokens; None = what the model was trained for, or what the
+            cache holds if that is less.
+        max_num_seqs: requests that run at the same time; more wait.
+        max_num_batched_tokens: tokens computed in one step; longer prompts are cut into several steps.
+        limits: caps on what one request may bring.
+
+    Raises:
+        InvalidRequestError, UnsupportedError: an option is wrong or not available in this build.
+        ConfigError, TokenizerError, WeightsError: the checkpoint is malformed.
+        CapacityError: ``kv_bytes`` does not hold ``max_model_len`` tokens.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        tp: int = 1,
+        quant: str | None = None,
+        threads: int | None = None,
+        progress: bool = False,
+        kv_bytes: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        compute = _check_build(device, dtype, tp, quant)
+        for name, value in (("kv_bytes", kv_bytes), ("max_model_len", max_model_len), ("threads", threads)):
+            if value is not None and (type(value) is not int or not 1 <= value < 1 << 48):
+                raise InvalidRequestError(f"{name}: expected a positive integer or None, got {value!r:.60}")
+        directory = _resolve(path)
+        config = OmniConfig.from_dir(directory)
+        thinker = config.thinker
+        tokenizer = Tokenizer.from_dir(directory, thinker.vocab_size)
+        self._processor = Processor(config, tokenizer, directory, limits)
+        if threads is not None:
+            ops.set_num_threads(threads)
+        bar = ProgressBar("loading") if progress else None
+        model = weights.load(lambda src: Omni(config, src), Checkpoint(directory), compute, progress=bar)
+
+        per_page = PAGE_SIZE * KVCache.bytes_per_token(
+            thinker.num_hidden_layers, thinker.num_key_value_heads, thinker.head_dim, compute
+        )
+        length = max_model_len or thinker.rope.max_position_embeddings
+        needed = -(-length // PAGE_SIZE) * per_page
+        free = max(int(available_memory() * KV_SHARE), KV_LEAST)
+        budget = kv_bytes or min(free, KV_SEQUENCES * needed)
+        if max_model_len is not None and budget < needed:
+            raise CapacityError(
+                f"max_model_len: {max_model_len} tokens need {needed} bytes of KV cache, got {budget}; "
+                "expected a larger kv_bytes or fewer tokens"
+            )
+        options = EngineOptions(
+            num_pages=max(budget // per_page, 1),
+            page_size=PAGE_SIZE,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=length,
+        )
+        self._engine = Engine(model, tokenizer, tokenizer.stop_ids(config.generation), compute, options)
+        self._config = config
+        self._closed = False
+        self.info = SessionInfo(
+            path=directory,
+            generation=config.generation,
+            dtype=str(compute).removeprefix("torch."),
+            parts=("thinker", *(["vision"] if config.vision else []), *sorted(config.audio)),
+            max_model_len=self._engine.max_model_len,
+            kv_tokens=options.num_pages * PAGE_SIZE,
+            kv_bytes=options.num_pages * per_page,
+        )
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> Done: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> Handle: ...
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        return_hidden: bool = False,
+        **options: Any,
+    ) -> Done | Handle:
+        """Answer a conversation.
+
+        Args:
+            messages: list of ``{"role": "user" | "assistant" | "system", "content": text or parts}``; a part
+                is ``{"type": "text" | "image" | "video" | "audio", <type>: value}``. Earlier media have to be
+                repeated in every turn (what was computed from them is reused).
+            stream: return the running request, an iterator of ``TextDelta`` and a final ``Done``; cancel it
+                by ``cancel()``, by leaving its ``with`` block or by dropping it.
+            return_hidden: add the hidden states of the prompt to ``Done``.
+            options: fields of ``SamplingParams``, and ``thinking``, ``answer_prefix`` (text the answer begins
+                with, not repeated in the result), ``use_whisper_encoder`` (v1), ``trust_special``,
+                ``system_template``, ``add_generation_prompt``, ``use_cot_system_prompt``, ``sys_prompt_exp``.
+
+        Raises:
+            InvalidRequestError: an option or message is wrong; InvalidMediaError: a medium cannot be read.
+            CapacityError: the prompt is too long.
+        """
+        handle = self._submit(*self._prepare(messages, options), return_hidden)
+        return handle if stream else handle.result()
+
+    async def achat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        return_hidden: bool = False,
+        **options: Any,
+    ) -> Done | Handle:
+        """``chat`` for event loops: media are read on a thread, a stream is used with ``async for``.
+
+        Cancelling the task that waits cancels the request.
+        """
+        prepared = await asyncio.to_thread(self._prepare, messages, options)
+        handle = self._submit(*prepared, return_hidden)
+        return handle if stream else await handle.aresult()
+
+    def transcribe(
+        self, audio: Any, language: str | None = None, context: Context | None = None, **sampling: Any
+    ) -> Transcript:
+        """Write down what is said in a recording, with the prompt the models were trained on for this.
+
+        Args:
+            audio: path, bytes, data URL, or ``(samples, sample_rate)``.
+            language: flash only: language or dialect name the answer is made to use, e.g. ``"Chinese"``; None
+                lets the model decide.
+            context: what the recording is about (a string), words that may occur in it (a list of strings),
+                or ``{"topic": ..., "phrases": [...]}``.
+            sampling: fields of ``SamplingParams``.
+
+        Raises:
+            UnsupportedError: this checkpoint has no fitting audio encoder, or cannot be told the language.
+            InvalidRequestError, InvalidMediaError: an argument or the recording cannot be used.
+        """
+        messages, options = self._asr(audio, language, context, sampling)
+        return self._transcript(self.chat(messages, **options), language)
+
+    async def atranscribe(
+        self, audio: Any, language: str | None = None, context: Context | None = None, **sampling: Any
+    ) -> Transcript:
+        """``transcribe`` for event loops."""
+        messages, options = self._asr(audio, language, context, sampling)
+        done = await self.achat(messages, **options)
+        assert isinstance(done, Done)
+        return self._transcript(done, language)
+
+    def stats(self) -> EngineStats:
+        """Queue lengths, KV usage and counters of the engine."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End all requests (they fail with ``EngineClosedError``) and the engine's thread."""
+        self._closed = True
+        self._engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _prepare(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> tuple[Prompt, SamplingParams]:
+        """Check the options, then read the media: what is cheap to refuse is refused first."""
+        if self._closed:
+            raise EngineClosedError("the session is closed")
+        for name, value in options.items():
+            if name not in _SAMPLING and name not in _PROMPT:
+                known = ", ".join((*_SAMPLING, *_PROMPT))
+                raise InvalidRequestError(f"{name!r:.60}: no such option; expected one of {known}")
+            if name in _PROMPT and not isinstance(value, _PROMPT[name]):
+                raise InvalidRequestError(f"{name}: found {value!r:.60}, expected {_types(_PROMPT[name])}")
+        params = SamplingParams(**{name: options[name] for name in _SAMPLING if name in options})
+        prompt = self._processor(messages, **{name: options[name] for name in _PROMPT if name in options})
+        return prompt, params
+
+    def _submit(self, prompt: Prompt, params: SamplingParams, return_hidden: bool) -> Handle:
+        return self._engine.submit(prompt, params, return_hidden=return_hidden)
+
+    def _asr(
+        self, audio: Any, language: str | None, context: Context | None, sampling: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        generation = self._config.generation
+        options: dict[str, Any] = dict(sampling)
+        for name in options:
+            if name not in _SAMPLING:
+                raise InvalidRequestError(
+                    f"{name!r:.60}: no such option; expected one of {', '.join(_SAMPLING)}"
+                )
+        if language is not None:
+            if not isinstance(language, str) or not language.isprintable() or not 1 <= len(language) <= 40:
+                raise InvalidRequestError(
+                    f"language: found {language!r:.60}, expected a name such as 'English'"
+                )
+            if generation != "flash":
+                raise UnsupportedError(
+                    f"language: Ming {generation} cannot be told the language; leave it out"
+                )
+            options["answer_prefix"] = f"{language}\t"
+        if generation == "v1":  # its other encoder is not meant for transcription
+            options["use_whisper_encoder"] = True
+        text = asr_prompt(*_asr_context(context))
+        content = [{"type": "text", "text": text}, {"type": "audio", "audio": audio}]
+        return [{"role": "user", "content": content}], options
+
+    def _transcript(self, done: Done, language: str | None) -> Transcript:
+        text = done.text
+        if self._config.generation == "flash" and language is None:
+            named, tab, rest = text.partition("\t")
+            if tab:
+                language, text = named.strip(), rest
+        return Transcript(text, language, done.finish_reason, done.usage, done.timings)
+
+
+def _check_build(device: str, dtype: str, tp: int, quant: str | None) -> torch.dtype:
+    if device not in ("auto", "cpu"):
+        raise UnsupportedError(
+            f"device: found {device!r:.60}, expected 'auto' or 'cpu' (cuda kernels are not built)"
+        )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InvalidRequestError(f"dtype: found {dtype!r:.60}, expected {', '.join(DTYPES)}")
+    if type(tp) is not int or tp != 1:
+        raise UnsupportedError(f"tp: found {tp!r:.60}, expected 1 (one process is all a CPU session uses)")
+    if quant is not None:
+        raise UnsupportedError(
+            f"quant: found {quant!r:.60}, expected None (weights run as float32 or bfloat16)"
+        )
+    return DTYPES[dtype]
+
+
+def _resolve(path: str | Path) -> Path:
+    """The checkpoint directory meant by ``path``."""
+    if not isinstance(path, (str, Path)):
+        raise InvalidRequestError(f"path: expected a directory, got {type(path).__name__}")
+    name, _, generation = str(path).partition(":")
+    if name == "demo" and not Path(path).exists():
+        from ming_rt.demo import default_checkpoint
+
+        generation = generation or "v1.5"
+        if generation not in GENERATIONS:
+            raise ConfigError(f"{path}: expected demo:GENERATION with one of {', '.join(GENERATIONS)}")
+        return default_checkpoint(generation)
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise ConfigError(f"{path}: no such directory; expected a checkpoint directory or demo[:GENERATION]")
+    return directory
+
+
+def _asr_context(context: Context | None) -> tuple[str | None, tuple[str, ...]]:
+    """Topic and phrases."""
+    topic: Any = None
+    phrases: Any = ()
+    if isinstance(context, str):
+        topic = context
+    elif isinstance(context, Mapping):
+        if not context.keys() <= {"topic", "phrases"}:
+            raise InvalidRequestError(
+                f"context: found keys {sorted(context)!r:.60}, expected topic and phrases"
+            )
+        topic, phrases = context.get("topic"), context.get("phrases", ())
+    elif context is not None:
+        phrases = context
+    good = topic is None or isinstance(topic, str)
+    good = good and isinstance(phrases, Sequence) and not isinstance(phrases, (str, bytes))
+    if not good or not all(isinstance(phrase, str) for phrase in phrases):
+        raise InvalidRequestError(
+            f"context: found {context!r:.60}, expected a topic, a list of words, or both"
+        )
+    return topic, tuple(phrases)
+
+
+def _types(kinds: type | tuple[type, ...]) -> str:
+    names = {bool: "true or false", str: "a string", type(None): "None"}
+    return " or ".join(names[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
