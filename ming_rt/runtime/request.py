@@ -214,7 +214,7 @@ class Request:
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this request's own stream, whatever else runs beside it."""
-        return float(self._random.random())
+        return float(self._random.random(dtype=np.float32))  # a rounded float64 could become 1
 
     def media_slice(self, start: int, stop: int) -> slice:
         """Range of ``media_rows`` that lies in tokens ``start..stop``."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ming_rt.errors import EngineError
 from ming_rt.ops import sampling
 from ming_rt.pipelines.events import FinishReason, TextDelta, TokenLogprob
 from ming_rt.runtime.request import Request
@@ -30,12 +31,31 @@ class TextStream(Protocol):
     def flush(self) -> str: ...
 
 
-def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sample]:
+def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sample | EngineError]:
     """The next token of each request from its row of ``logits`` (f32 ``[B, V]``).
 
     Every row uses only its own request's parameters, history and random numbers, so the result does not
-    depend on which requests share the batch.
+    depend on which requests share the batch. A row without a usable token (logits that are no numbers, or
+    every token excluded) gives an error in its place.
     """
+    uniforms = [r.uniform() if r.params.temperature else 0.0 for r in requests]
+    return _draw_each(logits, requests, uniforms)
+
+
+def _draw_each(
+    logits: torch.Tensor, requests: Sequence[Request], uniforms: list[float]
+) -> list[Sample | EngineError]:
+    try:
+        return list(_draw(logits, requests, uniforms))
+    except ValueError as problem:
+        if len(requests) == 1:
+            return [EngineError(f"choosing the next token failed: {problem}")]
+        # A row that cannot be sampled must not cost the others their token.
+        rows = [slice(i, i + 1) for i in range(len(requests))]
+        return [_draw_each(logits[row], requests[row], uniforms[row])[0] for row in rows]
+
+
+def _draw(logits: torch.Tensor, requests: Sequence[Request], uniforms: list[float]) -> list[Sample]:
     params = [r.params for r in requests]
     # Penalties read the whole sequence; other rows get an empty history.
     histories = [
@@ -51,8 +71,8 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sample]:
         no_repeat_ngram_size=torch.tensor([p.no_repeat_ngram_size for p in params], dtype=torch.int32),
         history=torch.from_numpy(np.concatenate(histories)),
         history_offsets=torch.from_numpy(np.cumsum([0, *map(len, histories)])),
-        uniforms=torch.tensor([r.uniform() if r.params.temperature else 0.0 for r in requests]),
-        n_logprobs=max(p.logprobs or 0 for p in params),
+        uniforms=torch.tensor(uniforms, dtype=torch.float32),
+        n_logprobs=min(max(p.logprobs or 0 for p in params), logits.shape[1]),
     )
     tokens, scores = ids.tolist(), logprob.tolist()
     samples = []

@@ -216,10 +216,7 @@ class Worker:
         sampling = [c.request for c in chunks if c.samples]
         try:
             output = self.model.thinker.forward(self._pack(chunks), self.kv)
-            finite = torch.isfinite(output.logits.sum(-1)).tolist()
-            good = [r for r, ok in zip(sampling, finite, strict=True) if ok]
-            logits = output.logits if len(good) == len(sampling) else output.logits[torch.tensor(finite)]
-            samples = sample(logits, good) if good else []
+            results = sample(output.logits, sampling) if sampling else []
             self._keep_hidden(chunks, output)
         except Exception as problem:
             for chunk in chunks:
@@ -230,14 +227,14 @@ class Worker:
         self.counts["prompt_tokens"] += sum(
             min(c.stop, c.request.num_prompt) - min(c.start, c.request.num_prompt) for c in chunks
         )
-        for request, chosen in zip(good, samples, strict=True):
+        for request, result in zip(sampling, results, strict=True):
+            if isinstance(result, EngineError):
+                self._fail(request, result)
+                continue
             try:
-                self._accept(request, chosen)
+                self._accept(request, result)
             except Exception as problem:
                 self._fail(request, _as_error("reading the generated token failed", problem))
-        for request, ok in zip(sampling, finite, strict=True):
-            if not ok:
-                self._fail(request, EngineError("the model produced logits that are not finite numbers"))
 
     def _prepare(self) -> None:
         """Encode and plan the requests at the head of the queue, at most one with media per step.

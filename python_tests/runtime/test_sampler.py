@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_model import EOS, TOKENIZER, make_prompt
 
+from ming_rt.errors import EngineError
 from ming_rt.pipelines.events import TokenLogprob
 from ming_rt.runtime.request import Request, SamplingParams
 from ming_rt.runtime.sampler import Answer, Sample, StopFilter, sample
@@ -63,6 +64,19 @@ def test_ngram_and_penalty_read_prompt_and_answer():
     r.append(4)  # "4 5" is in the prompt, so after another 4 the 5 is forbidden
     assert sample(logits, [r])[0].token == 6
     assert sample(logits, [request((5,), repetition_penalty=2.0)])[0].token == 6
+
+
+def test_a_row_without_a_token_fails_alone():
+    logits = logits_rows(3)
+    logits[1] = float("nan")
+    requests = [request(temperature=1.0, seed=i) for i in range(3)]
+    first, bad, last = sample(logits, requests)
+    assert isinstance(bad, EngineError)
+    assert [first] == sample(logits[:1], [request(temperature=1.0, seed=0)])
+    assert [last] == sample(logits[2:], [request(temperature=1.0, seed=2)])
+    everything = request(range(97), no_repeat_ngram_size=1)
+    (bad,) = sample(logits[:1], [everything])
+    assert isinstance(bad, EngineError)
 
 
 @pytest.mark.parametrize("wanted", [None, 0, 1, 5])
