@@ -69,9 +69,10 @@ def scatter(
             )
         rows.append(found)
         feats.append(features)
-    for index, (start, length) in enumerate(_spans(audio_spans, len(ids))):
-        if index >= len(audios):
-            raise InvalidRequestError(f"found {len(audios)} audios for placeholder {index + 1} of the prompt")
+    spans = _spans(audio_spans, len(ids))
+    if len(spans) > len(audios):
+        raise InvalidRequestError(f"found {len(audios)} audios, expected {len(spans)}, one per placeholder")
+    for index, (start, length) in enumerate(spans):
         taken = audios[index][:length]
         if len(taken) < length and config.generation != "flash":
             raise InvalidRequestError(

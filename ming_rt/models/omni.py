@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from ming_rt.inputs.processor import Prompt
 
 
-# Called around the encoders with the content of each medium and a function that encodes those at the given
-# indices; returns the features of all.
+# A memo stands around the encoders: it gets the content of each medium and a function that encodes those at
+# the given indices, and returns the features of all (a list per medium).
 Content = Sequence[np.ndarray | str]
 Encode = Callable[[list[int]], list[list[torch.Tensor]]]
 Memo = Callable[[Sequence[Content], Encode], list[list[torch.Tensor]]]
 
 
-def compute_all(items: Sequence[Content], encode: Encode) -> list[list[torch.Tensor]]:
-    """The memo that remembers nothing."""
+def no_memo(items: Sequence[Content], encode: Encode) -> list[list[torch.Tensor]]:
+    """Remembers nothing."""
     return encode(list(range(len(items))))
 
 
@@ -121,7 +121,7 @@ class Omni:
         modality = router_modality(self.config.thinker, prompt.input_ids, has_vision, prompt.audio_spans)
         return Plan(positions[:, 0].astype(np.int32), int(delta[0]), modality)
 
-    def encode(self, prompt: Prompt, memo: Memo = compute_all) -> MediaEmbeds | None:
+    def encode(self, prompt: Prompt, memo: Memo = no_memo) -> MediaEmbeds | None:
         """Features of all media of a prompt with the tokens they replace; None for a text prompt.
 
         ``memo`` may answer for media it has seen before; each picture and video counts on its own, recordings
@@ -145,15 +145,13 @@ class Omni:
             return None
         if self.vision is None:
             raise UnsupportedError("this checkpoint has no vision tower and cannot take images or videos")
-        vision, patches = self.vision, grid_thw.prod(1)
-        items = np.split(pixels, patches.cumsum()[:-1])
+        vision = self.vision
+        pictures = np.split(pixels, grid_thw.prod(axis=1).cumsum()[:-1])
 
         def compute(missing: list[int]) -> list[list[torch.Tensor]]:
-            chosen = np.concatenate([items[i] for i in missing]) if len(missing) < len(items) else pixels
-            rows = vision(torch.from_numpy(chosen), grid_thw[missing])
-            return [[part] for part in rows.split((patches[missing] * len(rows) // len(chosen)).tolist())]
+            return [[vision(torch.from_numpy(pictures[i]), grid_thw[i : i + 1])] for i in missing]
 
-        found = memo([("vision", item, grid) for item, grid in zip(items, grid_thw, strict=True)], compute)
+        found = memo([("vision", *item) for item in zip(pictures, grid_thw, strict=True)], compute)
         return torch.cat([feats for (feats,) in found])
 
     def _hear(self, prompt: Prompt, memo: Memo) -> list[torch.Tensor]:

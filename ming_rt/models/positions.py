@@ -7,6 +7,9 @@ cache stands at ``n + delta`` on all three axes.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 from ming_rt.config import ThinkerConfig
@@ -47,12 +50,18 @@ def position_ids(
         line = np.where(mask != 0, np.cumsum(mask, axis=1) - 1, 1)
         return np.stack([line] * 3), line.max(axis=1) + 1 - ids.shape[1]
 
-    seconds = None if second_per_grid_ts is None else np.asarray(second_per_grid_ts, dtype=np.float32)
-    blocks = _Blocks(config, images, videos, seconds)
+    seconds = still = None
+    if second_per_grid_ts is not None:
+        seconds = np.asarray(second_per_grid_ts, dtype=np.float32)
+        still = None if images is None else np.zeros(len(images), dtype=np.float32)
+    kinds = (
+        _Kind("image", config.image_patch_token, config.image_start_token, images, still),
+        _Kind("video", config.video_patch_token, config.video_start_token, videos, seconds),
+    )
     positions = np.ones((3, *ids.shape), dtype=np.int64)
     delta = np.empty(ids.shape[0], dtype=np.int64)
     for row, valid in enumerate(mask != 0):
-        placed, used = blocks.place(ids[row, valid])
+        placed, used = _place(ids[row, valid], *kinds, centred=config.rope.type == "video_rope")
         positions[:, row, valid] = placed
         delta[row] = used - ids.shape[1]
     return positions, delta
@@ -62,89 +71,86 @@ def _grid_rows(grid: np.ndarray | None) -> np.ndarray | None:
     return None if grid is None or len(grid) == 0 else np.asarray(grid, dtype=np.int64)
 
 
-class _Blocks:
-    """Walks the rows of a batch in order; the grid counters run over the whole batch."""
+@dataclass
+class _Kind:
+    """The images or the videos of a batch; ``used`` counts their grids over all rows."""
 
-    def __init__(
-        self,
-        config: ThinkerConfig,
-        images: np.ndarray | None,
-        videos: np.ndarray | None,
-        seconds: np.ndarray | None,
-    ) -> None:
-        self.centred = config.rope.type == "video_rope"
-        self.seconds = seconds
-        self.kinds = [  # (patch id, start id, grids, next grid) of images, then of videos
-            [config.image_patch_token, config.image_start_token, images, 0],
-            [config.video_patch_token, config.video_start_token, videos, 0],
-        ]
+    name: str
+    patch: int
+    start: int | None
+    grids: np.ndarray | None
+    seconds: np.ndarray | None
+    used: int = 0
 
-    def place(self, tokens: np.ndarray) -> tuple[np.ndarray, int]:
-        """Positions ``[3, n]`` of one row without pads, and the first position after it."""
-        left = [self._count(tokens, kind) for kind in self.kinds]
-        parts: list[np.ndarray] = []
-        start, nxt = 0, np.float32(0)
-        while any(left):
-            ends = [
-                self._find(tokens, start, kind[0]) if n else len(tokens)
-                for n, kind in zip(left, self.kinds, strict=True)
-            ]
-            which = 0 if ends[0] < ends[1] else 1  # one id for both kinds: the next video grid goes first
-            left[which] -= 1
-            grid, tau = self._next_grid(which)
-            end, length = ends[which], int(grid.prod())
-            if end + length > len(tokens):
-                raise InvalidRequestError(
-                    f"a visual block of {length} tokens does not fit the {len(tokens) - end} tokens that "
-                    "follow its start; expected one placeholder per merged patch of each grid"
-                )
-            text = nxt + np.arange(end - start, dtype=np.float32)
-            block, nxt = self._block(nxt + np.float32(end - start), grid, tau)
-            parts += [np.stack([text] * 3), block]
-            start = end + length
-        tail = nxt + np.arange(len(tokens) - start, dtype=np.float32)
-        placed = np.concatenate([*parts, np.stack([tail] * 3)], axis=1)
-        last = placed[0].max() if self.centred else placed.max()
-        return placed.astype(np.int64), int(last) + 1
-
-    def _block(self, base: np.float32, grid: np.ndarray, tau: np.ndarray) -> tuple[np.ndarray, np.float32]:
-        """Positions ``[3, T*H*W]`` of one visual block and the position after it."""
-        _, height, width = grid
-        t, y, x = np.meshgrid(base + tau, np.arange(height), np.arange(width), indexing="ij")
-        if self.centred:  # the spatial axes lie around the temporal one, which alone moves the text on
-            block = np.stack([t, t + y - (height - 1) // 2, t + x - (width - 1) // 2])
-            used = block[0].max()
-        else:
-            block = np.stack([t, base + y, base + x])
-            used = block.max()
-        return block.reshape(3, -1).astype(np.float32), np.float32(used + 1)
-
-    def _next_grid(self, which: int) -> tuple[np.ndarray, np.ndarray]:
-        """Merged grid (T, H, W) of the next image (0) or video (1) and its temporal offsets."""
-        _, _, grids, index = self.kinds[which]
-        if index >= len(grids):
-            raise InvalidRequestError(
-                f"the prompt has more {('images', 'videos')[which]} than the {len(grids)} grids given"
-            )
-        self.kinds[which][3] += 1
-        time, height, width = grids[index]
-        tau = np.arange(time, dtype=np.float32)
-        if self.seconds is not None:
-            tau = tau * (self.seconds[index] if which else np.float32(0))
-            tau = tau * np.float32(TOKENS_PER_SECOND)
-            tau = tau if self.centred else np.trunc(tau)
-        elif self.centred:
-            tau = tau * np.float32(TOKENS_PER_SECOND)
-        return np.array([time, height // MERGE, width // MERGE]), tau
-
-    @staticmethod
-    def _count(tokens: np.ndarray, kind: list) -> int:
-        patch, start, grids, _ = kind
-        if grids is None:
+    def count(self, tokens: np.ndarray) -> int:
+        """Blocks in a row: start tokens with a patch token behind them, if there are grids at all."""
+        if self.grids is None:
             return 0
-        return int(np.count_nonzero((tokens[:-1] == start) & (tokens[1:] == patch)))
+        return int(np.count_nonzero((tokens[:-1] == self.start) & (tokens[1:] == self.patch)))
 
-    @staticmethod
-    def _find(tokens: np.ndarray, start: int, patch: int) -> int:
-        found = np.flatnonzero(tokens[start:] == patch)
-        return start + int(found[0]) if len(found) else len(tokens)
+    def find(self, tokens: np.ndarray, begin: int) -> int:
+        """The first patch token from ``begin`` on, or the row's end."""
+        found = np.flatnonzero(tokens[begin:] == self.patch)
+        return begin + int(found[0]) if len(found) else len(tokens)
+
+    def take(self) -> tuple[list[int], np.float32 | None]:
+        """Merged grid (t, h, w) of the next block, and its seconds per temporal slice."""
+        grids = [] if self.grids is None else self.grids
+        if self.used >= len(grids):
+            raise InvalidRequestError(
+                f"the prompt has more {self.name} blocks than the {len(grids)} grids given"
+            )
+        time, height, width = grids[self.used].tolist()
+        seconds = None if self.seconds is None else self.seconds[self.used]
+        self.used += 1
+        return [time, height // MERGE, width // MERGE], seconds
+
+
+def _place(tokens: np.ndarray, images: _Kind, videos: _Kind, *, centred: bool) -> tuple[np.ndarray, int]:
+    """Positions ``[3, n]`` of one row without pads, and the position that follows it."""
+    image_count, video_count = images.count(tokens), videos.count(tokens)
+    parts: list[np.ndarray] = []
+    begin, base = 0, np.float32(0)  # fp32: fractions of seconds carry on until the final truncation
+    while image_count or video_count:
+        image_at = images.find(tokens, begin) if image_count else len(tokens)
+        video_at = videos.find(tokens, begin) if video_count else len(tokens)
+        if image_at < video_at:
+            grid, seconds = images.take()
+            image_count -= 1
+        else:  # also where both kinds share one patch id: the next video goes first, whatever the prompt says
+            grid, seconds = videos.take()
+            video_count -= 1
+        at, length = min(image_at, video_at), math.prod(grid)
+        if at + length > len(tokens):
+            raise InvalidRequestError(
+                f"a visual block needs {length} placeholder tokens, found {len(tokens) - at} before the end"
+            )
+        parts.append(_line(base, at - begin))
+        block = _block(base + np.float32(at - begin), grid, seconds, centred)
+        parts.append(block)
+        base = (block[0] if centred else block).max() + 1  # centred: time alone moves the text on
+        begin = at + length
+    placed = np.concatenate([*parts, _line(base, len(tokens) - begin)], axis=1)
+    return placed.astype(np.int64), int((placed[0] if centred else placed).max()) + 1
+
+
+def _line(base: np.float32, length: int) -> np.ndarray:
+    """Text: all axes count on together."""
+    return np.tile(base + np.arange(length, dtype=np.float32), (3, 1))
+
+
+def _block(base: np.float32, grid: list[int], seconds: np.float32 | None, centred: bool) -> np.ndarray:
+    """Positions ``[3, t * h * w]`` of one image or video, t slowest."""
+    time, height, width = grid
+    tau = np.arange(time, dtype=np.float32)
+    if seconds is not None:
+        tau = tau * seconds * np.float32(TOKENS_PER_SECOND)
+        tau = tau if centred else np.trunc(tau)
+    elif centred:
+        tau = tau * np.float32(TOKENS_PER_SECOND)
+    t, y, x = np.meshgrid(base + tau, np.arange(height), np.arange(width), indexing="ij")
+    if centred:  # the spatial axes lie around the temporal one
+        y, x = t + y - (height - 1) // 2, t + x - (width - 1) // 2
+    else:
+        y, x = base + y, base + x
+    return np.stack([t, y, x]).reshape(3, -1).astype(np.float32)

@@ -7,7 +7,7 @@ import re
 import torch
 from golden_cases import GoldenCase, golden_cases
 from thinker_harness import load_case
-from tolerances import assert_close
+from tolerances import RELATIVE_BF16, assert_close, row_errors
 
 from ming_rt import ops
 from ming_rt.config import VisionConfig, read_audio
@@ -46,10 +46,10 @@ def vision_sets(case: GoldenCase):
             yield prefix, case.inputs[pixels], case.inputs[grid].numpy()
 
 
-def load_vision(case: GoldenCase, directory) -> VisionEncoder:
+def load_vision(case: GoldenCase, directory, dtype=torch.float32) -> VisionEncoder:
     config, hidden = VisionConfig.from_dict(case.config), case.config["llm_config"]["hidden_size"]
     return load_case(
-        case, directory, lambda src: VisionEncoder(config, src, hidden, case.config["mlp_depth"])
+        case, directory, lambda src: VisionEncoder(config, src, hidden, case.config["mlp_depth"]), dtype
     )
 
 
@@ -77,6 +77,15 @@ def test_vision(case: GoldenCase, tmp_path):
             if name in expected:
                 assert_close(tables[0], expected[name].cos(), "golden_vision")
                 assert_close(tables[1], expected[name].sin(), "golden_vision")
+
+
+@golden_cases(has_vision)
+def test_vision_bf16(case: GoldenCase, tmp_path):
+    """A bf16 run points nearly the same way."""
+    vision = load_vision(case, tmp_path, torch.bfloat16)
+    for prefix, pixels, grid in vision_sets(case):
+        error = row_errors(vision(pixels, grid).flatten(), case.outputs[f"{prefix}image_embeds"].flatten())
+        assert error <= RELATIVE_BF16["vision"]
 
 
 @golden_cases(lambda case: has_vision(case) and any(".bf16_angles." in key for key in case.outputs))
@@ -111,17 +120,31 @@ def audio_groups(case: GoldenCase):
         yield name, kind, segments
 
 
+def load_audio(case: GoldenCase, directory, dtype=torch.float32) -> dict[str, AudioEncoder]:
+    hidden, depth = case.config["llm_config"]["hidden_size"], case.config["mlp_depth"]
+    configs = read_audio(case.config)
+    return load_case(
+        case,
+        directory,
+        lambda src: {name: AudioEncoder(part, src, hidden, depth) for name, part in configs.items()},
+        dtype,
+    )
+
+
+@golden_cases(has_audio)
+def test_audio_bf16(case: GoldenCase, tmp_path):
+    """A bf16 run points nearly the same way."""
+    encoders = load_audio(case, tmp_path, torch.bfloat16)
+    for name, kind, segments in audio_groups(case):
+        rows = torch.cat(encoders[kind](segments))
+        expected = recorded_rows(group(case.outputs, f"{name}."), "audio_embeds")
+        assert row_errors(rows.flatten(), expected.flatten()) <= RELATIVE_BF16["audio"], name
+
+
 @golden_cases(has_audio)
 def test_audio(case: GoldenCase, tmp_path):
     """Encoder stages, projector, lengths and unit rows, for segments alone and together."""
-    hidden, depth = case.config["llm_config"]["hidden_size"], case.config["mlp_depth"]
-    encoders = load_case(
-        case,
-        tmp_path,
-        lambda src: {
-            name: AudioEncoder(config, src, hidden, depth) for name, config in read_audio(case.config).items()
-        },
-    )
+    encoders = load_audio(case, tmp_path)
     for name, kind, segments in audio_groups(case):
         audio, expected = encoders[kind], group(case.outputs, f"{name}.")
         taps = Taps()
@@ -134,7 +157,7 @@ def test_audio(case: GoldenCase, tmp_path):
             cut = torch.cat([item[: len(row)] for item, row in zip(projected, rows, strict=True)])
             assert_close(cut, recorded_rows(expected, "proj_out"), f"golden_{kind}")
         if "proj_conv_out" in expected:
-            taps["proj_conv_out"] = audio.projector.conv(taps["encoder_out"].view(1, -1, hidden)).mT
+            taps["proj_conv_out"] = audio.projector.conv(taps["encoder_out"]).mT
         if "conv2_pre_gelu" in expected:
             mel = segments[0][None]
             taps["conv1_pre_gelu"] = audio.encoder.conv1(mel).mT

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from golden_cases import GoldenCase, golden_cases
 from thinker_harness import Prompt, Runner, load_case
-from tolerances import assert_close
+from tolerances import RELATIVE_BF16, SAME_EXPERTS_BF16, assert_close, row_errors
 
 from ming_rt import ops
 from ming_rt.config import RopeConfig, ThinkerConfig
@@ -110,6 +110,28 @@ def test_model(case: GoldenCase, tmp_path):
             tokens = out.logits.argmax(-1)
             assert tokens.tolist() == run.outputs["decode.next_ids"][step].tolist()
         check_cache(run, runner, steps)
+
+
+@golden_cases(is_model)
+def test_model_bf16(case: GoldenCase, tmp_path):
+    """In bf16 every token whose experts are the recorded ones has nearly the recorded logits."""
+    for prefix in sub_cases(case, "input_ids"):
+        run = Recorded(case, prefix)
+        thinker = load_case(case, tmp_path, partial(Thinker, run.config), torch.bfloat16)
+        runner = Runner(thinker, run.prompts(), capacity=run.ids.shape[1], dtype=torch.bfloat16)
+        out = runner.prefill(all_logits=True)
+        chosen = [name for name in run.outputs if name.startswith("prefill.") and name.endswith("topk_idx")]
+        same = torch.stack(
+            [
+                (
+                    runner.taps[name[len("prefill.") :]].sort(dim=-1).values == run.valid(run.outputs[name])
+                ).all(-1)
+                for name in chosen
+            ]
+        ).all(0)
+        assert same.float().mean() >= SAME_EXPERTS_BF16
+        errors = row_errors(out.logits, run.valid(run.outputs["prefill.logits"]))
+        assert errors[same].max() <= RELATIVE_BF16["logits"]
 
 
 def check_prefill(run: Recorded, runner: Runner, out) -> None:
