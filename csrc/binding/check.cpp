@@ -154,7 +154,7 @@ TensorView Call::dense(const char* name, py::handle object, std::initializer_lis
     if (view.shape[i] > 1 && view.stride[i] != expected)
       fail(std::string(name) + ": expected a contiguous tensor, got stride " +
            std::to_string(view.stride[i]) + " in dimension " + std::to_string(i));
-    expected *= view.shape[i];
+    if (view.shape[i] > 0) expected *= view.shape[i];  // an empty tensor's strides count 0 as 1
   }
   return view;
 }

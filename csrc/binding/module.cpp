@@ -13,6 +13,7 @@ void register_attention(py::module_& m);
 void register_rope(py::module_& m);
 void register_moe(py::module_& m);
 void register_norm(py::module_& m);
+void register_sampling(py::module_& m);
 void register_spectral(py::module_& m);
 }  // namespace ming::binding
 
@@ -31,5 +32,6 @@ PYBIND11_MODULE(_cpu, m) {
   binding::register_rope(m);
   binding::register_moe(m);
   binding::register_norm(m);
+  binding::register_sampling(m);
   binding::register_spectral(m);
 }

@@ -20,7 +20,9 @@ from ming_rt.ops.gemm import (
     linear_swiglu_torch,
     linear_torch,
     pack_gate_up,
+    pack_gate_up_torch,
     pack_weight,
+    pack_weight_torch,
 )
 from ming_rt.ops.moe import (
     ExpertWeights,
@@ -49,6 +51,7 @@ from ming_rt.ops.rope import (
     rope_table,
     rope_table_torch,
 )
+from ming_rt.ops.sampling import ngram_bans, ngram_bans_torch, sample, sample_torch
 
 ISAS = ("portable", "avx2", "avx512")
 
@@ -110,10 +113,14 @@ __all__ = [
     "moe_permute_torch",
     "moe_route",
     "moe_route_torch",
+    "ngram_bans",
+    "ngram_bans_torch",
     "num_threads",
     "pack_experts",
     "pack_gate_up",
+    "pack_gate_up_torch",
     "pack_weight",
+    "pack_weight_torch",
     "rms_norm",
     "rms_norm_torch",
     "rope_append",
@@ -123,6 +130,8 @@ __all__ = [
     "rope_qk_torch_",
     "rope_table",
     "rope_table_torch",
+    "sample",
+    "sample_torch",
     "set_isa",
     "set_num_threads",
 ]
