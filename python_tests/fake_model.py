@@ -196,6 +196,7 @@ def check_all_free(engine: Engine) -> None:
     pool = engine._worker.pool
     pool.check(holders=[])
     assert pool.available == pool.num_pages
+    assert not engine._worker.live
     assert engine.stats().kv_pages_used == 0
 
 

@@ -120,13 +120,13 @@ class Handle:
     def _deliver(self, item: Event | MingError) -> Event:
         self._note(item)
         if isinstance(item, MingError):
-            raise item
+            raise item.with_traceback(None)
         return item
 
     def _finished(self) -> Done:
         assert self._end is not None
         if isinstance(self._end, MingError):
-            raise self._end
+            raise self._end.with_traceback(None)  # it may be raised again
         return self._end
 
     def __enter__(self) -> Handle:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from ming_rt.runtime.kv_cache import PagePool
 from ming_rt.runtime.request import Request
@@ -56,7 +57,7 @@ class Scheduler:
     def next_to_prepare(self) -> Iterator[Request]:
         """Waiting requests that could be admitted now but are not prepared, in order."""
         room = self.max_num_seqs - len(self.running)
-        for request in list(self.waiting)[: max(room, 0)]:
+        for request in list(islice(self.waiting, room)):  # one that fails leaves the queue meanwhile
             if not request.prepared:
                 yield request
 

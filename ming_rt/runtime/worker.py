@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from ming_rt.runtime.media_cache import MediaCache
 from ming_rt.runtime.request import Request, SamplingParams
 from ming_rt.runtime.sampler import Answer, Sample, sample
 from ming_rt.runtime.scheduler import Chunk, Scheduler
+
+if TYPE_CHECKING:
+    from ming_rt.models.fusion import MediaEmbeds
 
 
 @dataclass(frozen=True)
@@ -246,18 +249,18 @@ class Worker:
             if request.has_media and encoded:
                 break
             encoded = encoded or request.has_media
-            begin = time.perf_counter()
             try:
                 plan = self.model.plan(request.prompt)
-                media = self._encode(request)
+                media = self._encode(request) if request.has_media else None
                 request.plan(plan.positions, plan.delta, plan.modality, media)
             except Exception as problem:
                 self._fail(request, _as_error("preparing the prompt failed", problem))
-            request.clock.encode = time.perf_counter() - begin
 
-    def _encode(self, request: Request) -> Any:
-        """Embeddings that replace the request's placeholders, checked; None when there are none."""
-        media = self.model.encode(request.prompt, self.media) if request.has_media else None
+    def _encode(self, request: Request) -> MediaEmbeds | None:
+        """Embeddings that replace the request's placeholders, checked."""
+        begin = time.perf_counter()
+        media = self.model.encode(request.prompt, self.media)
+        request.clock.encode = time.perf_counter() - begin
         if media is not None and not bool(torch.isfinite(media.feats.sum(-1)).all()):
             raise InvalidRequestError("media: expected finite features, the encoder produced NaN or infinity")
         return media

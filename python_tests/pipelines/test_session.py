@@ -114,15 +114,18 @@ def test_preemption_does_not_change_answers(checkpoint):
         assert session.stats().kv_pages_used == 0
 
 
-def test_the_next_turn_reuses_media_and_cache(session, media):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_next_turn_reuses_media_and_cache(checkpoint, media, dtype):
     first = user("What is this?", image=media.image)
-    done = session.chat(first, max_tokens=TOKENS)
-    hits = session.stats().media_cache_hits
-    more = [*first, {"role": "assistant", "content": done.text}, *user("And this?", image=media.image)]
-    later = session.chat(more, max_tokens=TOKENS)
-    assert session.stats().media_cache_hits >= hits + 1
+    with load(checkpoint("v1.5"), dtype=dtype) as session:
+        done = session.chat(first, max_tokens=70)
+        more = [*first, {"role": "assistant", "content": done.text}, *user("And this?", image=media.image)]
+        later = session.chat(more, max_tokens=TOKENS)
+        assert session.stats().media_cache_hits == 2, "the picture of the first turn, and the same once more"
     assert later.usage.cached_tokens >= done.usage.prompt_tokens - 64
     assert later.usage.prompt_tokens > 2 * done.usage.prompt_tokens
+    with load(checkpoint("v1.5"), dtype=dtype) as cold:
+        assert cold.chat(more, max_tokens=TOKENS).token_ids == later.token_ids
 
 
 def test_hidden_states_are_those_of_the_model(session, media):
