@@ -10,11 +10,12 @@ namespace ming::binding {
 namespace {
 
 // One axis' window table; every window must lie inside the `in` inputs.
-ResizeAxis axis(Call& call, const char* name, py::object start_, py::object weight_, DType dtype, const char* out,
-                int64_t in) {
+ResizeAxis axis(Call& call, const char* name, py::object start_, py::object weight_, DType dtype,
+                const char* out, int64_t in) {
   const std::string label(name);
   TensorView start = call.optional((label + "_start").c_str(), start_, {DType::i32}, {out});
-  TensorView weight = call.optional((label + "_weight").c_str(), weight_, {dtype}, {out, label == "x" ? "xtaps" : "ytaps"});
+  TensorView weight =
+      call.optional((label + "_weight").c_str(), weight_, {dtype}, {out, label == "x" ? "xtaps" : "ytaps"});
   call.expect(bool(start) == bool(weight), label + ": start and weight are given together");
   if (!start) return {nullptr, nullptr, 0};
   const int64_t taps = weight.shape[1];
@@ -32,7 +33,8 @@ void resize_u8(py::object image_, py::object out_, py::object temp_, py::object 
   TensorView image = call.dense("image", image_, {DType::u8}, {"H", "W", "C"});
   TensorView out = call.dense("out", out_, {DType::u8}, {"h", "w", "C"});
   const int64_t channels = image.shape[2];
-  call.expect(channels >= 1 && channels <= 4, "image: expected 1 to 4 channels, got " + std::to_string(channels));
+  call.expect(channels >= 1 && channels <= 4,
+              "image: expected 1 to 4 channels, got " + std::to_string(channels));
   ResizeAxis x = axis(call, "x", x_start, x_weight, DType::i32, "w", image.shape[1]);
   ResizeAxis y = axis(call, "y", y_start, y_weight, DType::i32, "h", image.shape[0]);
   call.expect(x.start || y.start, "expected a window table for at least one axis");
@@ -40,26 +42,39 @@ void resize_u8(py::object image_, py::object out_, py::object temp_, py::object 
   if (!y.start) call.bind("H", out.shape[0]);
   TensorView temp = call.optional("temp", temp_, {DType::u8}, {"H", "w", "C"});
   if (x.start && y.start) temp = call.dense("temp", temp_, {DType::u8}, {"H", "w", "C"});
-  ResizeParams p{image.data, out.data, temp.data, 1, 1, image.shape[0], image.shape[1], out.shape[0],
-                 out.shape[1], int(channels), x, y, DType::u8, DType::u8};
+  ResizeParams p{image.data,   out.data,     temp.data,     1, 1, image.shape[0], image.shape[1],
+                 out.shape[0], out.shape[1], int(channels), x, y, DType::u8,      DType::u8};
   py::gil_scoped_release release;
   cpu::resize_u8(p);
 }
 
-void resize_frames(py::object frames_, py::object out_, py::object temp_, py::object x_start, py::object x_weight,
-                   py::object y_start, py::object y_weight) {
+void resize_frames(py::object frames_, py::object out_, py::object temp_, py::object x_start,
+                   py::object x_weight, py::object y_start, py::object y_weight) {
   Call call("resize_frames");
   TensorView frames = call.dense("frames", frames_, {DType::u8, DType::f32}, {"T", "H", "W", "C"});
   TensorView out = call.dense("out", out_, {DType::u8, DType::f32}, {"T", "h", "w", "C"});
   TensorView temp = call.dense("temp", temp_, {DType::f32}, {"chunk", "H", "w", "C"});
   const int64_t channels = frames.shape[3];
-  call.expect(channels >= 1 && channels <= 4, "frames: expected 1 to 4 channels, got " + std::to_string(channels));
+  call.expect(channels >= 1 && channels <= 4,
+              "frames: expected 1 to 4 channels, got " + std::to_string(channels));
   call.expect(temp.shape[0] >= 1, "temp: expected room for at least one frame");
   ResizeAxis x = axis(call, "x", x_start, x_weight, DType::f32, "w", frames.shape[2]);
   ResizeAxis y = axis(call, "y", y_start, y_weight, DType::f32, "h", frames.shape[1]);
   call.expect(x.start && y.start, "expected a window table for both axes");
-  ResizeParams p{frames.data, out.data, temp.data, frames.shape[0], temp.shape[0], frames.shape[1], frames.shape[2],
-                 out.shape[1], out.shape[2], int(channels), x, y, frames.dtype, out.dtype};
+  ResizeParams p{frames.data,
+                 out.data,
+                 temp.data,
+                 frames.shape[0],
+                 temp.shape[0],
+                 frames.shape[1],
+                 frames.shape[2],
+                 out.shape[1],
+                 out.shape[2],
+                 int(channels),
+                 x,
+                 y,
+                 frames.dtype,
+                 out.dtype};
   py::gil_scoped_release release;
   cpu::resize_frames(p);
 }
@@ -69,7 +84,8 @@ void patchify(py::object frames_, py::object rows_, std::array<float, 3> mean, s
   TensorView frames = call.dense("frames", frames_, {DType::u8, DType::f32}, {"T", "H", "W", "3"});
   TensorView rows = call.dense("rows", rows_, {DType::f32}, {"patches", "1176"});
   const int64_t t = frames.shape[0], h = frames.shape[1], w = frames.shape[2];
-  call.expect(t >= 1 && (t == 1 || t % 2 == 0), "frames: expected 1 or an even number, got " + std::to_string(t));
+  call.expect(t >= 1 && (t == 1 || t % 2 == 0),
+              "frames: expected 1 or an even number, got " + std::to_string(t));
   call.expect(h % 28 == 0 && w % 28 == 0, "frames: expected height and width divisible by 28");
   call.bind("patches", (t + 1) / 2 * (h / 14) * (w / 14));
   PatchifyParams p{frames.data, rows.ptr<float>(), t, h, w, {}, {}, frames.dtype};

@@ -18,46 +18,44 @@ void resample(py::object x_, py::object y_, py::object first_, py::object weight
     const int64_t at = first.ptr<int32_t>()[p], last = (outputs - 1 - p) / phases;
     call.expect(at >= 0 && last * step + at + taps <= x.shape[0], "x: expected room for every window");
   }
-  ResampleParams p{x.ptr<float>(),      y.ptr<float>(), first.ptr<int32_t>(), weight.ptr<float>(), outputs,
-                   phases, taps, step};
+  ResampleParams p{
+      x.ptr<float>(), y.ptr<float>(), first.ptr<int32_t>(), weight.ptr<float>(), outputs, phases, taps, step};
   py::gil_scoped_release release;
   cpu::resample(p);
 }
 
-MelParams mel_params(Call& call, py::object wave_, py::object out_, py::object window_, py::object twiddle_,
-                     py::object filters_, float floor, const char* points, const char* bins) {
+MelParams mel_params(Call& call, py::object wave_, py::object out_, py::object window_, py::object filters_,
+                     float floor, const char* bins) {
   TensorView wave = call.dense("wave", wave_, {DType::f32}, {"samples"});
   TensorView out = call.dense("out", out_, {DType::f32}, {"frames", "mels"});
   TensorView window = call.dense("window", window_, {DType::f32}, {"400"});
-  TensorView twiddle = call.dense("twiddle", twiddle_, {DType::f32}, {points, "2"});
   TensorView filters = call.dense("filters", filters_, {DType::f32}, {"mels", bins});
   call.expect(out.shape[0] >= 1 && out.shape[1] >= 1, "out: expected at least one frame and one mel band");
   call.expect(floor >= 1e-30f, "floor: expected at least 1e-30");
-  return {wave.ptr<float>(), out.ptr<float>(), window.ptr<float>(), twiddle.ptr<float>(), filters.ptr<float>(),
+  return {wave.ptr<float>(), out.ptr<float>(), window.ptr<float>(), filters.ptr<float>(),
           wave.shape[0],     out.shape[0],     out.shape[1],        floor};
 }
 
-void log_mel(py::object wave, py::object out, py::object window, py::object twiddle, py::object filters,
-             float floor) {
+void log_mel(py::object wave, py::object out, py::object window, py::object filters, float floor) {
   Call call("log_mel");
-  MelParams p = mel_params(call, wave, out, window, twiddle, filters, floor, "400", "201");
+  MelParams p = mel_params(call, wave, out, window, filters, floor, "201");
   call.expect(p.samples > 200, "wave: expected more than 200 samples, got " + std::to_string(p.samples));
   call.bind("frames", p.samples / 160);
   py::gil_scoped_release release;
   cpu::log_mel(p);
 }
 
-void fbank(py::object wave, py::object out, py::object window, py::object twiddle, py::object filters,
-           float floor) {
+void fbank(py::object wave, py::object out, py::object window, py::object filters, float floor) {
   Call call("fbank");
-  MelParams p = mel_params(call, wave, out, window, twiddle, filters, floor, "512", "257");
+  MelParams p = mel_params(call, wave, out, window, filters, floor, "257");
   call.expect(p.samples >= 400, "wave: expected at least 400 samples, got " + std::to_string(p.samples));
   call.bind("frames", 1 + (p.samples - 400) / 160);
   py::gil_scoped_release release;
   cpu::fbank(p);
 }
 
-void lfr_cmvn(py::object in_, py::object shift_, py::object scale_, py::object out_, int64_t stack, int64_t stride) {
+void lfr_cmvn(py::object in_, py::object shift_, py::object scale_, py::object out_, int64_t stack,
+              int64_t stride) {
   Call call("lfr_cmvn");
   TensorView in = call.dense("frames", in_, {DType::f32}, {"T", "D"});
   TensorView shift = call.dense("shift", shift_, {DType::f32}, {"width"});
@@ -65,8 +63,9 @@ void lfr_cmvn(py::object in_, py::object shift_, py::object scale_, py::object o
   TensorView out = call.dense("out", out_, {DType::f32}, {"rows", "width"});
   call.expect(in.shape[0] >= 1 && stack >= 1 && stride >= 1, "expected at least one frame, stack and stride");
   call.bind("width", stack * in.shape[1]);
-  LfrCmvnParams p{in.ptr<float>(), shift.ptr<float>(), scale.ptr<float>(), out.ptr<float>(), in.shape[0],
-                  in.shape[1], out.shape[0], stack, stride};
+  LfrCmvnParams p{in.ptr<float>(), shift.ptr<float>(), scale.ptr<float>(), out.ptr<float>(),
+                  in.shape[0],     in.shape[1],        out.shape[0],       stack,
+                  stride};
   py::gil_scoped_release release;
   cpu::lfr_cmvn(p);
 }

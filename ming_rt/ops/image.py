@@ -47,13 +47,17 @@ def _windows(centre: np.ndarray, support: float, n_in: int) -> tuple[np.ndarray,
     return lo, hi - lo
 
 
-def _table(weights: np.ndarray, lo: np.ndarray, count: np.ndarray, n_in: int) -> tuple[np.ndarray, np.ndarray]:
+def _table(
+    weights: np.ndarray, lo: np.ndarray, count: np.ndarray, n_in: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Gives every output the same number of taps inside the input, by zero weights before its window."""
     taps = weights.shape[1]
     start = np.minimum(lo, n_in - taps)
     index = np.arange(taps) - (lo - start)[:, None]
     inside = (index >= 0) & (index < count[:, None])
-    table = np.where(inside, np.take_along_axis(weights, np.clip(index, 0, taps - 1), 1), weights.dtype.type(0))
+    table = np.where(
+        inside, np.take_along_axis(weights, np.clip(index, 0, taps - 1), 1), weights.dtype.type(0)
+    )
     return start.astype(np.int32), table
 
 

@@ -37,12 +37,17 @@ def _sinc_window(t: np.ndarray) -> np.ndarray:
     return np.sinc(t) * np.cos(np.pi * t / (2 * _SINC_WIDTH)) ** 2
 
 
-@lru_cache(maxsize=8)
+def _phases(n: int) -> np.ndarray:
+    """Positions p/n of the output phases, which the original implementation rounds to float32."""
+    return (np.arange(n) / n).astype(np.float32).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
 def _polyphase(rate: int, new_rate: int) -> tuple[Tensor, Tensor, int]:
     """First input index int32 [n] (may be negative), float32 weights [n, taps] and the step."""
     o, n, b = _ratio(rate, new_rate)
     reach = _SINC_WIDTH * o / b
-    centre = np.arange(n) * o / n
+    centre = _phases(n) * o
     first = np.ceil(centre - reach).astype(np.int64)
     taps = -(-(int(2 * reach) + 1) // 16) * 16
     t = (first[:, None] + np.arange(taps) - centre[:, None]) * (b / o)
@@ -80,7 +85,7 @@ def resample_torch(wave: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tens
     o, n, b = _ratio(rate, new_rate)
     width = math.ceil(_SINC_WIDTH * o / b)
     k = np.arange(-width, width + o) / o
-    kernel = _sinc_window((k - np.arange(n)[:, None] / n) * b) * (b / o)
+    kernel = _sinc_window((k - _phases(n)[:, None]) * b) * (b / o)
     weight = torch.from_numpy(kernel.astype(np.float32))[:, None]
     y = conv1d(pad(wave, (width, width + o))[None, None], weight, stride=o)
     return y[0].T.reshape(-1)[: -(-len(wave) * n // o)]
@@ -110,23 +115,19 @@ def mel_filters(n_mels: int = 128) -> Tensor:
 
 @lru_cache(maxsize=8)
 def fbank_filters(n_mels: int = 80) -> Tensor:
-    """Kaldi mel filters [n_mels, 257] float32 of a 512-point DFT at 16 kHz: triangles in mel, 20..8000 Hz."""
+    """Kaldi mel filters [n_mels, 257] float32 of a 512-point DFT at 16 kHz: triangles in mel, 20..8000 Hz.
 
-    def mel(f):
-        return 1127 * np.log1p(f / 700)
-
-    edges = np.linspace(mel(20.0), mel(SAMPLE_RATE / 2), n_mels + 2)
-    m = mel(np.arange(257) * SAMPLE_RATE / 512)
-    step = edges[1] - edges[0]
-    filters = np.maximum(np.minimum(m - edges[:-2, None], edges[2:, None] - m) / step, 0)
-    filters[:, 256] = 0.0
-    return torch.from_numpy(filters.astype(np.float32))
-
-
-@lru_cache(maxsize=4)
-def _twiddle(n: int) -> Tensor:
-    angle = 2 * np.pi * np.arange(n) / n
-    return torch.from_numpy(np.stack([np.cos(angle), -np.sin(angle)], 1).astype(np.float32))
+    Mel values are rounded to float32 as in the original, which moves narrow filters by up to 3e-4.
+    """
+    low, high = (1127 * math.log(1 + f / 700) for f in (20, SAMPLE_RATE / 2))
+    step = (high - low) / (n_mels + 1)
+    left = low + torch.arange(n_mels, dtype=torch.float32)[:, None] * step
+    centre, right = (
+        low + (torch.arange(n_mels, dtype=torch.float32)[:, None] + k) * step for k in (1.0, 2.0)
+    )
+    mel = 1127 * (1 + torch.arange(256, dtype=torch.float32) * (SAMPLE_RATE / 512) / 700).log()
+    filters = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0)
+    return pad(filters, (0, 1)).contiguous()
 
 
 @lru_cache(maxsize=4)
@@ -141,9 +142,7 @@ def _window(kind: str) -> Tensor:
 
 def _check_wave(op: str, wave: Tensor, least: int) -> None:
     if wave.dim() != 1 or wave.dtype != torch.float32 or len(wave) < least:
-        raise ValueError(
-            f"{op}: wave: expected float32 [n >= {least}], got {wave.dtype} {list(wave.shape)}"
-        )
+        raise ValueError(f"{op}: wave: expected float32 [n >= {least}], got {wave.dtype} {list(wave.shape)}")
 
 
 def log_mel(wave: Tensor, n_mels: int = 128) -> Tensor:
@@ -158,7 +157,7 @@ def log_mel(wave: Tensor, n_mels: int = 128) -> Tensor:
     """
     _check_wave("log_mel", wave, FRAME // 2 + 1)
     out = torch.empty(len(wave) // HOP, n_mels)
-    cpu.log_mel(wave.contiguous(), out, _window("hann"), _twiddle(FRAME), mel_filters(n_mels), MEL_FLOOR)
+    cpu.log_mel(wave.contiguous(), out, _window("hann"), mel_filters(n_mels), MEL_FLOOR)
     return out
 
 
@@ -184,7 +183,7 @@ def fbank(wave: Tensor, n_mels: int = 80) -> Tensor:
     """
     _check_wave("fbank", wave, FRAME)
     out = torch.empty(1 + (len(wave) - FRAME) // HOP, n_mels)
-    cpu.fbank(wave.contiguous(), out, _window("hamming"), _twiddle(512), fbank_filters(n_mels), FBANK_FLOOR)
+    cpu.fbank(wave.contiguous(), out, _window("hamming"), fbank_filters(n_mels), FBANK_FLOOR)
     return out
 
 

@@ -1,12 +1,13 @@
 // Separable resizing with given window tables, and patch extraction for the vision tower.
 //
 //   resize_u8:      each pass  out = clamp((sum_k weight[k] * in[start + k] + 2^21) >> 22, 0, 255)
-//   resize_frames:  each pass  out = sum_k weight[k] * in[start + k] in float32; uint8 results are clamped and
+//   resize_frames:  each pass  out = sum_k weight[k] * in[start + k] in float32; uint8 results are clamped
+//   and
 //                   rounded half to even once, at the end
 //   patchify:       row[c][t][y][x] = (float(pixel * (1/255)) - mean[c]) / std[c], the product in float64
 //
-// Pictures are dense [T, H, W, C], C = 1..4. The horizontal pass comes first. Every output has `taps` weights,
-// all of whose inputs lie inside the picture (the binding checks it).
+// Pictures are dense [T, H, W, C], C = 1..4. The horizontal pass comes first. Every output has `taps`
+// weights, all of whose inputs lie inside the picture (the binding checks it).
 #pragma once
 
 #include <cstdint>
@@ -34,8 +35,8 @@ struct ResizeParams {
 };
 
 struct PatchifyParams {
-  const void* src;  // [frames, height, width, 3], uint8 or float32
-  float* dst;       // [ceil(frames/2) * height/14 * width/14, 3*2*14*14]
+  const void* src;                // [frames, height, width, 3], uint8 or float32
+  float* dst;                     // [ceil(frames/2) * height/14 * width/14, 3*2*14*14]
   int64_t frames, height, width;  // frames 1 (used twice) or even; height, width multiples of 28
   float mean[3], std[3];
   DType src_dtype;

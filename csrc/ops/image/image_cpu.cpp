@@ -1,9 +1,8 @@
-#include "ops/image/image.h"
-
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/thread_pool.h"
 #include "common/transpose.h"
+#include "ops/image/image.h"
 
 namespace ming {
 namespace MING_ISA {
@@ -18,8 +17,12 @@ constexpr int L = 16;
 inline __m512i bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline __m512 values(const uint8_t* p) { return _mm512_cvtepi32_ps(bytes(p)); }
-inline __m512 values(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 values(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(bytes(p));
+}
+inline __m512 values(const float* p) {
+  return _mm512_loadu_ps(p);
+}
 
 struct Ints {
   __m512i v;
@@ -52,8 +55,12 @@ struct Floats {
 inline __m256i bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-inline __m256 values(const uint8_t* p) { return _mm256_cvtepi32_ps(bytes(p)); }
-inline __m256 values(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 values(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(bytes(p));
+}
+inline __m256 values(const float* p) {
+  return _mm256_loadu_ps(p);
+}
 inline void store_bytes(uint8_t* to, __m256i a, __m256i b) {
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
   __m128i x = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -208,10 +215,14 @@ void vertical(const S* src, D* dst, int64_t frames, int64_t width, const ResizeP
 template <typename A, typename S, typename D>
 void horizontal(const S* src, D* dst, int64_t rows, const ResizeParams& p) {
   switch (p.channels) {
-    case 1: return horizontal<A, 1>(src, dst, rows, p);
-    case 2: return horizontal<A, 2>(src, dst, rows, p);
-    case 3: return horizontal<A, 3>(src, dst, rows, p);
-    default: return horizontal<A, 4>(src, dst, rows, p);
+    case 1:
+      return horizontal<A, 1>(src, dst, rows, p);
+    case 2:
+      return horizontal<A, 2>(src, dst, rows, p);
+    case 3:
+      return horizontal<A, 3>(src, dst, rows, p);
+    default:
+      return horizontal<A, 4>(src, dst, rows, p);
   }
 }
 

@@ -7,9 +7,10 @@
 //   fbank:     frame t = 32768 * samples t*160 .. t*160+399; minus its mean; y_i = x_i - 0.97 x_{i-1}, where
 //              x_{-1} = x_0; times window; zero-padded to 512; power (257 bins);
 //              out = ln(max(filters * power, floor))
-//   lfr_cmvn:  out[q][i * D + d] = (in[clamp(stride*q + i - (stack-1)/2, 0, T-1)][d] + shift[i*D+d]) * scale[..]
+//   lfr_cmvn:  out[q][i * D + d] = (in[clamp(stride*q + i - (stack-1)/2, 0, T-1)][d] + shift[i*D+d]) *
+//   scale[..]
 //
-// Everything is float32.
+// Tensors are float32; the DFT runs in float64.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,6 @@ struct MelParams {
   const float* wave;     // [samples]
   float* out;            // [frames, mels]
   const float* window;   // [400]
-  const float* twiddle;  // [400 or 512, 2]  cos, -sin of 2 pi k / N
   const float* filters;  // [mels, 201 or 257]
   int64_t samples, frames, mels;
   float floor;  // smallest filter output, a positive normal number

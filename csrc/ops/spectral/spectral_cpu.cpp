@@ -1,9 +1,8 @@
-#include "ops/spectral/spectral.h"
-
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/thread_pool.h"
 #include "common/transpose.h"
+#include "ops/spectral/spectral.h"
 
 namespace ming {
 namespace MING_ISA {
@@ -11,29 +10,148 @@ namespace {
 
 constexpr int kFrame = 400, kHop = 160;
 
-// VF frames are transformed at once, one per lane: the DFT below is plain scalar code over vectors. A complex
-// value is two consecutive vectors (real, imaginary).
-struct Complex {
-  vf re, im;
+// VD frames are transformed at once, one per lane: the DFT below is plain scalar code over vectors. It runs
+// in float64, because bands far below the loudest one would drown in float32's rounding of that one.
+#if MING_ISA_AVX512
+constexpr int VD = 8;
+struct vd {
+  __m512d v;
 };
-inline Complex get(const float* buffer, int64_t i) {
-  return {vload(buffer + 2 * i * VF), vload(buffer + (2 * i + 1) * VF)};
+inline vd dset(double x) {
+  return {_mm512_set1_pd(x)};
 }
-inline void put(float* buffer, int64_t i, Complex z) {
-  vstore(buffer + 2 * i * VF, z.re);
-  vstore(buffer + (2 * i + 1) * VF, z.im);
+inline vd dload(const double* p) {
+  return {_mm512_loadu_pd(p)};
 }
-inline Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
-inline Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
-inline Complex minus_i(Complex a, Complex b) { return {a.re + b.im, a.im - b.re}; }  // a - i b
-inline Complex plus_i(Complex a, Complex b) { return {a.re - b.im, a.im + b.re}; }   // a + i b
-inline Complex scaled(Complex a, float k, Complex plus) {                            // k a + plus
-  return {vfma(a.re, vset(k), plus.re), vfma(a.im, vset(k), plus.im)};
+inline vd dload(const float* p) {
+  return {_mm512_cvtps_pd(_mm256_loadu_ps(p))};
 }
-inline Complex scaled(Complex a, float k) { return {a.re * vset(k), a.im * vset(k)}; }
-inline Complex times(Complex a, const float* w) {
-  const vf c = vset(w[0]), s = vset(w[1]);
-  return {vfnma(a.im, s, a.re * c), vfma(a.im, c, a.re * s)};
+inline void dstore(double* p, vd a) {
+  _mm512_storeu_pd(p, a.v);
+}
+inline void dstore(float* p, vd a) {
+  _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v));
+}
+inline vd operator+(vd a, vd b) {
+  return {_mm512_add_pd(a.v, b.v)};
+}
+inline vd operator-(vd a, vd b) {
+  return {_mm512_sub_pd(a.v, b.v)};
+}
+inline vd operator*(vd a, vd b) {
+  return {_mm512_mul_pd(a.v, b.v)};
+}
+inline vd dfma(vd a, vd b, vd c) {
+  return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+}
+inline vd dfnma(vd a, vd b, vd c) {
+  return {_mm512_fnmadd_pd(a.v, b.v, c.v)};
+}
+#elif MING_ISA_AVX2
+constexpr int VD = 4;
+struct vd {
+  __m256d v;
+};
+inline vd dset(double x) {
+  return {_mm256_set1_pd(x)};
+}
+inline vd dload(const double* p) {
+  return {_mm256_loadu_pd(p)};
+}
+inline vd dload(const float* p) {
+  return {_mm256_cvtps_pd(_mm_loadu_ps(p))};
+}
+inline void dstore(double* p, vd a) {
+  _mm256_storeu_pd(p, a.v);
+}
+inline void dstore(float* p, vd a) {
+  _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v));
+}
+inline vd operator+(vd a, vd b) {
+  return {_mm256_add_pd(a.v, b.v)};
+}
+inline vd operator-(vd a, vd b) {
+  return {_mm256_sub_pd(a.v, b.v)};
+}
+inline vd operator*(vd a, vd b) {
+  return {_mm256_mul_pd(a.v, b.v)};
+}
+inline vd dfma(vd a, vd b, vd c) {
+  return {_mm256_fmadd_pd(a.v, b.v, c.v)};
+}
+inline vd dfnma(vd a, vd b, vd c) {
+  return {_mm256_fnmadd_pd(a.v, b.v, c.v)};
+}
+#else
+constexpr int VD = 4;
+struct vd {
+  double v[VD];
+};
+#define MING_LANES(expr)                        \
+  vd r;                                         \
+  for (int i = 0; i < VD; ++i) r.v[i] = (expr); \
+  return r
+inline vd dset(double x) {
+  MING_LANES(x);
+}
+template <typename T>
+inline vd dload(const T* p) {
+  MING_LANES(p[i]);
+}
+template <typename T>
+inline void dstore(T* p, vd a) {
+  for (int i = 0; i < VD; ++i) p[i] = T(a.v[i]);
+}
+inline vd operator+(vd a, vd b) {
+  MING_LANES(a.v[i] + b.v[i]);
+}
+inline vd operator-(vd a, vd b) {
+  MING_LANES(a.v[i] - b.v[i]);
+}
+inline vd operator*(vd a, vd b) {
+  MING_LANES(a.v[i] * b.v[i]);
+}
+inline vd dfma(vd a, vd b, vd c) {
+  MING_LANES(a.v[i] * b.v[i] + c.v[i]);
+}
+inline vd dfnma(vd a, vd b, vd c) {
+  MING_LANES(c.v[i] - a.v[i] * b.v[i]);
+}
+#undef MING_LANES
+#endif
+
+// A complex value is two consecutive vectors (real, imaginary).
+struct Complex {
+  vd re, im;
+};
+inline Complex get(const double* buffer, int64_t i) {
+  return {dload(buffer + 2 * i * VD), dload(buffer + (2 * i + 1) * VD)};
+}
+inline void put(double* buffer, int64_t i, Complex z) {
+  dstore(buffer + 2 * i * VD, z.re);
+  dstore(buffer + (2 * i + 1) * VD, z.im);
+}
+inline Complex operator+(Complex a, Complex b) {
+  return {a.re + b.re, a.im + b.im};
+}
+inline Complex operator-(Complex a, Complex b) {
+  return {a.re - b.re, a.im - b.im};
+}
+inline Complex minus_i(Complex a, Complex b) {
+  return {a.re + b.im, a.im - b.re};
+}  // a - i b
+inline Complex plus_i(Complex a, Complex b) {
+  return {a.re - b.im, a.im + b.re};
+}  // a + i b
+inline Complex scaled(Complex a, double k, Complex plus) {  // k a + plus
+  return {dfma(a.re, dset(k), plus.re), dfma(a.im, dset(k), plus.im)};
+}
+inline Complex scaled(Complex a, double k) {
+  return {a.re * dset(k), a.im * dset(k)};
+}
+inline Complex times(Complex a, const double* w) {
+  const vd c = dset(w[0]), s = dset(w[1]);
+  return {dfnma(a.im, s, a.re * c), dfma(a.im, c, a.re * s)};
 }
 
 // In place: y_j = sum_k x_k e^(-2 pi i j k / R)
@@ -51,8 +169,8 @@ inline void butterfly(Complex* x) {
     x[3] = plus_i(b, d);
   } else {
     static_assert(R == 5);
-    constexpr float c1 = 0.30901699437494745f, c2 = -0.8090169943749475f;
-    constexpr float s1 = 0.9510565162951535f, s2 = 0.5877852522924731f;
+    constexpr double c1 = 0.30901699437494745, c2 = -0.8090169943749475;
+    constexpr double s1 = 0.9510565162951535, s2 = 0.5877852522924731;
     const Complex a1 = x[1] + x[4], b1 = x[1] - x[4], a2 = x[2] + x[3], b2 = x[2] - x[3];
     const Complex m1 = scaled(a2, c2, scaled(a1, c1, x[0])), m2 = scaled(a2, c1, scaled(a1, c2, x[0]));
     const Complex n1 = scaled(b2, s2, scaled(b1, s1)), n2 = scaled(b2, -s1, scaled(b1, s2));
@@ -67,7 +185,7 @@ inline void butterfly(Complex* x) {
 // One pass of the Stockham (self-sorting) transform of M points: `n` points are left, `s` = M / n.
 // twiddle holds the 2M-th roots of unity.
 template <int R>
-void fft_pass(const float* in, float* out, int n, int s, const float* twiddle) {
+void fft_pass(const double* in, double* out, int n, int s, const double* twiddle) {
   const int m = n / R;
   for (int p = 0; p < m; ++p)
     for (int q = 0; q < s; ++q) {
@@ -81,7 +199,7 @@ void fft_pass(const float* in, float* out, int n, int s, const float* twiddle) {
 
 // The transforms of 200 and 256 complex points; the result ends in `a`.
 template <int M>
-void fft(float* a, float* b, const float* twiddle) {
+void fft(double* a, double* b, const double* twiddle) {
   if constexpr (M == 200) {
     fft_pass<5>(a, b, 200, 1, twiddle);
     fft_pass<5>(b, a, 40, 5, twiddle);
@@ -96,21 +214,24 @@ void fft(float* a, float* b, const float* twiddle) {
   }
 }
 
-inline vf norm2(Complex z) { return vfma(z.re, z.re, z.im * z.im); }
+inline vd norm2(Complex z) {
+  return dfma(z.re, z.re, z.im * z.im);
+}
 
-// |DFT|^2 of 2M real points from the M-point transform z of (even, odd) pairs; power: [M + 1][VF].
+// |DFT|^2 of 2M real points from the M-point transform z of (even, odd) pairs; power: [M + 1][VF], of which
+// VD lanes are written.
 template <int M>
-void real_power(const float* z, const float* twiddle, float* power) {
+void real_power(const double* z, const double* twiddle, float* power) {
   const Complex z0 = get(z, 0);
-  const vf first = z0.re + z0.im, last = z0.re - z0.im;
-  vstore(power, first * first);
-  vstore(power + M * VF, last * last);
+  const vd first = z0.re + z0.im, last = z0.re - z0.im;
+  dstore(power, first * first);
+  dstore(power + M * VF, last * last);
   for (int k = 1; k <= M / 2; ++k) {
-    const Complex a = get(z, k), b = get(z, M - k), c = {b.re, vzero() - b.im};
-    const Complex even = scaled(a + c, 0.5f), d = scaled(a - c, 0.5f), odd = {d.im, vzero() - d.re};
+    const Complex a = get(z, k), b = get(z, M - k), c = {b.re, dset(0.0) - b.im};
+    const Complex even = scaled(a + c, 0.5), d = scaled(a - c, 0.5), odd = {d.im, dset(0.0) - d.re};
     const Complex turned = times(odd, twiddle + 2 * k);
-    vstore(power + k * VF, norm2(even + turned));
-    vstore(power + (M - k) * VF, norm2(even - turned));
+    dstore(power + k * VF, norm2(even + turned));
+    dstore(power + (M - k) * VF, norm2(even - turned));
   }
 }
 
@@ -151,15 +272,15 @@ void filter_ranges(const float* filters, int64_t mels, int bins, int32_t* range)
   }
 }
 
-// The mean-free, pre-emphasised frame, in place; x: [400][VF]
-void emphasise(float* x) {
-  vf sum = vzero();
-  for (int i = 0; i < kFrame; ++i) sum = sum + vload(x + i * VF);
-  const vf mean = sum * vset(1.0f / kFrame);
-  vf current = vload(x + (kFrame - 1) * VF) - mean;
+// The mean-free, pre-emphasised frame, in place; x: [400][VD]
+void emphasise(double* x) {
+  vd sum = dset(0.0);
+  for (int i = 0; i < kFrame; ++i) sum = sum + dload(x + i * VD);
+  const vd mean = sum * dset(1.0 / kFrame);
+  vd current = dload(x + (kFrame - 1) * VD) - mean;
   for (int i = kFrame - 1; i >= 0; --i) {
-    const vf before = i > 0 ? vload(x + (i - 1) * VF) - mean : current;
-    vstore(x + i * VF, vfnma(vset(0.97f), before, current));
+    const vd before = i > 0 ? dload(x + (i - 1) * VD) - mean : current;
+    dstore(x + i * VD, dfnma(dset(0.97), before, current));
     current = before;
   }
 }
@@ -171,10 +292,18 @@ void mel_frames(const MelParams& p) {
   constexpr int M = N / 2;
   int32_t* range = scratch<int32_t>(3, 2 * p.mels);
   filter_ranges(p.filters, p.mels, M + 1, range);
+  double* twiddle = scratch<double>(7, 2 * N);
+  for (int k = 0; k < N; ++k) {
+    twiddle[2 * k] = std::cos(k * (6.283185307179586 / N));
+    twiddle[2 * k + 1] = -std::sin(k * (6.283185307179586 / N));
+  }
   parallel_for((p.frames + VF - 1) / VF, 2, [&](int64_t begin, int64_t end) {
-    float* a = scratch<float>(0, N * VF);
-    float* b = scratch<float>(1, N * VF);
+    double* a = scratch<double>(0, N * VD);
+    double* b = scratch<double>(1, N * VD);
     float* edge = scratch<float>(2, kFrame * VF);
+    float* samples = scratch<float>(4, kFrame * VF);
+    float* power = scratch<float>(5, (M + 1) * VF);
+    float* bands = scratch<float>(6, p.mels * VF);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * VF;
       const int count = p.frames - first < VF ? int(p.frames - first) : VF;
@@ -190,27 +319,29 @@ void mel_frames(const MelParams& p) {
           edge[lane * kFrame + i] = p.wave[at];
         }
       }
-      rows_to_tile<VF>(row, kFrame, a);
-      if (Kaldi) {
-        for (int i = 0; i < kFrame; ++i) vstore(a + i * VF, vload(a + i * VF) * vset(32768.0f));
-        emphasise(a);
-      }
-      for (int i = 0; i < kFrame; ++i) vstore(a + i * VF, vload(a + i * VF) * vset(p.window[i]));
-      for (int i = kFrame; i < N; ++i) vstore(a + i * VF, vzero());
-      fft<M>(a, b, p.twiddle);
-      real_power<M>(a, p.twiddle, b);
-      for (int64_t m0 = 0; m0 < p.mels; m0 += N) {
-        const int64_t mels = p.mels - m0 < N ? p.mels - m0 : N;
-        for (int64_t m = 0; m < mels; ++m) {
-          const float* filter = p.filters + (m0 + m) * (M + 1);
-          vf energy = vzero();
-          for (int k = range[2 * (m0 + m)]; k < range[2 * (m0 + m) + 1]; ++k)
-            energy = vfma(vset(filter[k]), vload(b + k * VF), energy);
-          vstore(a + m * VF, vmax(energy, vset(p.floor)));
+      rows_to_tile<VF>(row, kFrame, samples);
+      for (int lane = 0; lane < VF; lane += VD) {
+        for (int i = 0; i < kFrame; ++i) {
+          const vd x = dload(samples + i * VF + lane);
+          dstore(a + i * VD, Kaldi ? x * dset(32768.0) : x * dset(p.window[i]));
         }
-        log_array(a, mels * VF);
-        tile_to_rows<VF>(a, mels, count, p.out + first * p.mels + m0, p.mels);
+        if (Kaldi) {
+          emphasise(a);
+          for (int i = 0; i < kFrame; ++i) dstore(a + i * VD, dload(a + i * VD) * dset(p.window[i]));
+        }
+        for (int i = kFrame; i < N; ++i) dstore(a + i * VD, dset(0.0));
+        fft<M>(a, b, twiddle);
+        real_power<M>(a, twiddle, power + lane);
       }
+      for (int64_t m = 0; m < p.mels; ++m) {
+        const float* filter = p.filters + m * (M + 1);
+        vf energy = vzero();
+        for (int k = range[2 * m]; k < range[2 * m + 1]; ++k)
+          energy = vfma(vset(filter[k]), vload(power + k * VF), energy);
+        vstore(bands + m * VF, vmax(energy, vset(p.floor)));
+      }
+      log_array(bands, p.mels * VF);
+      tile_to_rows<VF>(bands, p.mels, count, p.out + first * p.mels, p.mels);
     }
   });
 }
@@ -241,7 +372,9 @@ void log_mel(const MelParams& p) {
   });
 }
 
-void fbank(const MelParams& p) { mel_frames<512, 0, true>(p); }
+void fbank(const MelParams& p) {
+  mel_frames<512, 0, true>(p);
+}
 
 void resample(const ResampleParams& p) {
   const int64_t rounds = (p.outputs + p.phases - 1) / p.phases;
