@@ -100,6 +100,10 @@ def _item(generation: Generation, item: object, where: str, trust_special: bool)
             raise UnsupportedError(f"{where}.type: {kind} exists for flash only, expected {kind[:5]}")
         url = item.get(kind)
         if isinstance(url, Mapping):
+            if extra := sorted(
+                str(key) for key in url if key != "url" and (key, url[key]) != ("detail", "auto")
+            ):
+                raise InvalidRequestError(f"{where}.{kind}: found {', '.join(extra)}, expected url only")
             url = url.get("url")
         if not isinstance(url, str):
             raise InvalidRequestError(f"{where}.{kind}: expected {{url: text}}")

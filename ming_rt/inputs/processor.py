@@ -144,7 +144,8 @@ class Processor:
         pictures = [self._image(item) for item in images]
         clips = [self._video(item) for item in videos]
         feats = tuple(self._audio(item, encoder) for item in audios) if encoder else ()
-        audio_tokens = [_audio_tokens(len(feat), encoder) for feat in feats]
+        # SANM's projector keeps the number of frames.
+        audio_tokens = [len(f) if encoder == "sanm" else audio.whisper_tokens(len(f)) for f in feats]
         merge = self.config.preprocessor.merge_size**2
         expanded = expand_segments(
             generation,
@@ -232,7 +233,7 @@ class Processor:
         wave = audio.load_audio(item["audio"], limits=self.limits, **_options(item))
         if encoder == "sanm":
             return audio.fbank_features(wave, self._cmvn)
-        feats = audio.log_mel_features(wave)
+        feats = audio.log_mel_features(wave, self.config.preprocessor.whisper_mels)
         if self._max_mel_frames is not None and len(feats) > self._max_mel_frames:
             raise InvalidMediaError(
                 f"audio: found {len(feats) / 100:.1f} s, expected at most {self._max_mel_frames / 100:.1f} s"
@@ -246,13 +247,6 @@ class Processor:
             starts = starts[:1]
         count = min(len(starts), len(audio_tokens))
         return np.stack([starts[:count], np.array(audio_tokens[:count], np.int64)], 1)
-
-
-def _audio_tokens(frames: int, encoder: AudioEncoderName | None) -> int:
-    """Placeholders of a recording: the second convolution and the projector each halve Whisper's frames."""
-    if encoder == "sanm":
-        return frames
-    return ((frames - 1) // 2) // 2 + 1
 
 
 def _options(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_expansion():
 
 def test_media_are_collected_in_order():
     several = {"type": "image", "image": ["b", "c"], "max_pixels": 1}
-    url = {"type": "image_url", "image_url": {"url": "d"}}
+    url = {"type": "image_url", "image_url": {"url": "d", "detail": "auto"}}
     turns = parse_messages(
         "v1.5", [user(IMAGE, several), {"role": "assistant", "content": "x"}, user(url, AUDIO)]
     )
@@ -214,6 +214,7 @@ BAD = {
     "text no string": [user({"type": "text", "text": 3})],
     "no images": [user({"type": "image", "image": []})],
     "audio list": [user({"type": "audio", "audio": ["a", "b"]})],
+    "url option": [user({"type": "image_url", "image_url": {"url": "x", "detail": "high"}})],
     "url no string": [user({"type": "image_url", "image_url": {"link": "x"}})],
 }
 
