@@ -54,7 +54,7 @@ def load_vision(case: GoldenCase, directory, dtype=torch.float32) -> VisionEncod
 
 
 @golden_cases(has_vision)
-def test_vision(case: GoldenCase, tmp_path):
+def test_vision(case: GoldenCase, tmp_path, isa):
     """Window layout exactly; every block, merger, projector and the unit rows within tolerance."""
     vision = load_vision(case, tmp_path)
     for prefix, pixels, grid in vision_sets(case):
@@ -142,7 +142,7 @@ def test_audio_bf16(case: GoldenCase, tmp_path):
 
 
 @golden_cases(has_audio)
-def test_audio(case: GoldenCase, tmp_path):
+def test_audio(case: GoldenCase, tmp_path, isa):
     """Encoder stages, projector, lengths and unit rows, for segments alone and together."""
     encoders = load_audio(case, tmp_path)
     for name, kind, segments in audio_groups(case):

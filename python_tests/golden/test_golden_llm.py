@@ -83,7 +83,7 @@ def place_media(config: ThinkerConfig, inputs: dict[str, torch.Tensor], row: int
 
 
 @golden_cases(is_model)
-def test_model(case: GoldenCase, tmp_path):
+def test_model(case: GoldenCase, tmp_path, isa):
     """Prefill and greedy decode: every recorded intermediate, token and cache entry."""
     for prefix in sub_cases(case, "input_ids"):
         run = Recorded(case, prefix)
@@ -340,3 +340,27 @@ def test_norms(case: GoldenCase, isa):
                 assert torch.equal(actual, expected), prefix
             else:
                 assert_close(actual, expected, "golden_norm")
+
+
+@golden_cases(has_output("banned"))
+def test_no_repeat_ngram(case: GoldenCase):
+    """Every id in turn gets the largest logit: it is chosen unless it would repeat an n-gram."""
+    for prefix in sub_cases(case, "input_ids"):
+        settings = case.config[prefix.rstrip(".")]
+        vocab = settings["vocab"]
+        for history, banned in zip(
+            case.inputs[f"{prefix}input_ids"], case.outputs[f"{prefix}banned"], strict=True
+        ):
+            ones = torch.ones(vocab)
+            chosen, *_ = ops.sample(
+                torch.eye(vocab),
+                temperature=0 * ones,
+                top_k=torch.zeros(vocab, dtype=torch.int32),
+                top_p=ones,
+                repetition_penalty=ones,
+                no_repeat_ngram_size=torch.full((vocab,), settings["ngram_size"], dtype=torch.int32),
+                history=history.repeat(vocab),
+                history_offsets=torch.arange(vocab + 1) * len(history),
+                uniforms=0 * ones,
+            )
+            assert torch.equal(chosen != torch.arange(vocab), banned), prefix
