@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+SETTLE = 0.006  # seconds between two timed calls
+
 
 @dataclass(frozen=True)
 class Case:
@@ -54,16 +56,23 @@ def interleave(*calls: Callable[[], object], seconds: float = 0.5, least: int = 
 
     Very short calls are repeated inside one sample. Returns the sorted samples of each, in seconds per call.
     """
-    repeats = []
+    repeats, short = [], []
     for call in calls:
         call()
         begin = time.perf_counter()
         call()
-        repeats.append(max(1, int(5e-4 / max(time.perf_counter() - begin, 1e-7))))
+        took = time.perf_counter() - begin
+        repeats.append(max(1, int(5e-4 / max(took, 1e-7))))
+        short.append(took < 0.02)
     samples: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[0]) < least:
-        for call, n, out in zip(calls, repeats, samples, strict=True):
+        for call, n, again, out in zip(calls, repeats, short, samples, strict=True):
+            # OpenMP's idle workers spin for milliseconds and would take a core from the next call. A short
+            # call then runs once untimed, so that both sides find their threads awake.
+            time.sleep(SETTLE)
+            if again:
+                call()
             begin = time.perf_counter()
             for _ in range(n):
                 call()

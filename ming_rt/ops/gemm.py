@@ -125,6 +125,22 @@ def _activation(act: str | None) -> int:
     return ACTIVATIONS[act]
 
 
+def pack_weight_torch(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """The packed memory of ``pack_weight`` as a plain torch composition."""
+    n, k = w.shape
+    pair = 2 if dtype == torch.bfloat16 else 1
+    padded = torch.nn.functional.pad(w.to(dtype), (0, -k % pair, 0, -n % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // pair, pair).transpose(1, 2).flatten()
+
+
+def pack_gate_up_torch(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
+    """The packed memory of ``pack_gate_up`` as a plain torch composition."""
+    half = PANEL // 2
+    padded = torch.nn.functional.pad(torch.stack([gate, up]), (0, 0, 0, -gate.shape[0] % half))
+    rows = padded.view(2, -1, half, gate.shape[1]).transpose(0, 1).reshape(-1, gate.shape[1])
+    return pack_weight_torch(rows, dtype)
+
+
 def _plain(w: PackedWeight | Tensor) -> Tensor:
     return w.unpack() if isinstance(w, PackedWeight) else w
 

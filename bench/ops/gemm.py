@@ -1,0 +1,101 @@
+"""Bench rows of linear, linear_swiglu and weight packing at the models' real dimensions.
+
+Weights rotate through several copies that together exceed the last cache level, as the layers of a model do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ming_rt import ops
+
+from ..timing import Case
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+ROTATION = 128 << 20  # bytes of weights a rotation covers
+
+# tag, outputs N, inputs K
+LITE = [("qkv", 3072, 2048), ("shared_down", 2048, 2816)]
+FLASH = [("flash_qkv", 5120, 4096)]
+
+
+def rotation(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    """Equal weights in separate memory; their values do not matter to the time."""
+    first = (torch.randn(n, k, generator=generator) * k**-0.5).to(dtype)
+    return [first] + [first.clone() for _ in range(ROTATION // (n * k * dtype.itemsize))]
+
+
+def linear_case(tag: str, x: Tensor, plain: list[Tensor], packed: list[ops.PackedWeight]) -> Case:
+    """One product of x with each weight in turn."""
+    (n, k), m, size = plain[0].shape, x.shape[0], x.element_size()
+    ours, torchs = itertools.cycle(packed), itertools.cycle(plain)
+    return Case(
+        "linear",
+        f"{tag}:{m}x{n}x{k}",
+        NAMES[x.dtype],
+        lambda: ops.linear(x, next(ours)),
+        lambda: ops.linear_torch(x, next(torchs)),
+        bytes=(n * k + m * (n + k)) * size,
+        flops=2 * m * n * k,
+    )
+
+
+def swiglu_case(tag: str, x: Tensor, plain: list[Tensor], packed: list[ops.PackedWeight]) -> Case:
+    """The gated product of x with each [2I, K] weight in turn."""
+    (n, k), m, size = plain[0].shape, x.shape[0], x.element_size()
+    ours, torchs = itertools.cycle(packed), itertools.cycle(plain)
+    return Case(
+        "linear_swiglu",
+        f"{tag}:{m}x2x{n // 2}x{k}",
+        NAMES[x.dtype],
+        lambda: ops.linear_swiglu(x, next(ours)),
+        lambda: ops.linear_swiglu_torch(x, next(torchs)),
+        bytes=(n * k + m * (n // 2 + k)) * size,
+        flops=2 * m * n * k,
+    )
+
+
+def pack_case(w: Tensor, dtype: torch.dtype) -> Case:
+    """Packing one weight into fresh memory."""
+    n, k = w.shape
+    return Case(
+        "pack_weight",
+        f"{n}x{k} from {str(w.dtype).removeprefix('torch.')}",
+        NAMES[dtype],
+        lambda: ops.pack_weight(w, dtype),
+        lambda: ops.pack_weight_torch(w, dtype),
+        bytes=n * k * (w.element_size() + dtype.itemsize),
+    )
+
+
+def cases(generator: torch.Generator) -> Iterator[Case]:
+    """Attention and shared-expert projections, the head, a vision projection in fp32, packing."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, shapes, rows in (
+        (bf16, LITE, ROWS),
+        (bf16, FLASH, (1, 16, 512)),
+        (fp32, LITE[:1], ROWS),
+        (fp32, [("vision_proj", 1280, 1280)], (256, 1024)),
+    ):
+        for tag, n, k in shapes:
+            plain = rotation(n, k, dtype, generator)
+            packed = [ops.pack_weight(w, dtype) for w in plain]
+            for m in rows:
+                yield linear_case(tag, torch.randn(m, k, generator=generator).to(dtype), plain, packed)
+    plain = rotation(2 * 2816, 2048, bf16, generator)
+    packed = [ops.pack_gate_up(w[:2816], w[2816:], bf16) for w in plain]
+    for m in ROWS:
+        yield swiglu_case("shared", torch.randn(m, 2048, generator=generator).to(bf16), plain, packed)
+    del plain, packed
+    head = torch.randn(2048, 2048, generator=generator).bfloat16().repeat(62, 1)[:126464]
+    packed = [ops.pack_weight(head, bf16)]
+    for m in (1, 8):
+        yield linear_case("lm_head", torch.randn(m, 2048, generator=generator).to(bf16), [head], packed)
+    del head, packed
+    for source in (fp32, bf16):
+        yield pack_case(torch.randn(2816, 2048, generator=generator).to(source), bf16)
