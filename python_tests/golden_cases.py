@@ -64,10 +64,15 @@ def all_cases() -> list[GoldenCase]:
 
 
 def golden_cases(wanted: Callable[[GoldenCase], bool]):
-    """Parametrises a test with ``case`` over the cases that ``wanted`` accepts and marks it golden."""
+    """Parametrises a test with ``case`` over the cases that ``wanted`` accepts and marks it golden.
+
+    A test without any case under the root is not collected at all.
+    """
 
     def decorate(test):
         params = [pytest.param(case, id=case.name) for case in all_cases() if wanted(case)]
+        if not params:
+            return None
         return pytest.mark.golden(pytest.mark.parametrize("case", params)(test))
 
     return decorate

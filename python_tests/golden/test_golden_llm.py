@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -38,7 +39,7 @@ class Recorded:
         self.outputs = {k[len(prefix) :]: v for k, v in case.outputs.items() if k.startswith(prefix)}
         self.config = ThinkerConfig.from_dict(case.config)
         self.ids = self.inputs["input_ids"].numpy()
-        self.mask = self.inputs["attention_mask"].numpy() != 0
+        self.mask = self.inputs.get("attention_mask", torch.ones_like(self.inputs["input_ids"])).numpy() != 0
         self.grids = {
             key: self.inputs[key].numpy()
             for key in ("image_grid_thw", "video_grid_thw")
@@ -47,12 +48,16 @@ class Recorded:
 
     def prompts(self) -> list[Prompt]:
         """The rows without their pads, with their media."""
+        positions, delta = position_ids(self.config, self.ids, self.mask, **self.grids)
         prompts = []
         for row, valid in enumerate(self.mask):
-            ids = self.ids[row, valid]
-            positions, delta = position_ids(self.config, ids[None], **self.grids)
-            media, modality = place_media(self.config, self.inputs, row, ids)
-            prompts.append(Prompt(ids, positions[:, 0], int(delta[0]), modality, media))
+            media, modality = place_media(self.config, self.inputs, row, self.ids[row])
+            if media is not None:
+                media = replace(media, rows=(np.cumsum(valid) - 1)[media.rows])
+            moved = int(delta[row]) + np.count_nonzero(~valid)  # the cache holds no pads
+            prompts.append(
+                Prompt(self.ids[row, valid], positions[:, row, valid], moved, modality[valid], media)
+            )
         return prompts
 
     def valid(self, tensor: torch.Tensor) -> torch.Tensor:
