@@ -137,7 +137,7 @@ def test_stream_emits_what_is_certain_and_adds_up(byte_level):
     edge += [0xF0, 0xF1, 0xF4, 0xF5, 0xFF]
     runs = list(itertools.product(edge, repeat=2))
     draw = random.Random(5)
-    runs += [[draw.choice(edge) for _ in range(draw.randint(3, 7))] for _ in range(400)]
+    runs += [[draw.choice(edge) for _ in range(draw.randint(3, 7))] for _ in range(150)]
     for run in runs:
         stream = byte_level.stream()
         text = ""
