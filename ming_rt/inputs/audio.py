@@ -35,8 +35,8 @@ def load_audio(
     Channel 0 is taken, channels are not averaged. Integer samples are divided by 2^7, 2^15, 2^31 or 2^63.
 
     Args:
-        obj: path, ``file://`` URL, bytes, ``data:audio/...;base64,`` URL (any format of libsndfile), a numpy or
-            torch array [samples] or [channels, samples], or a pair (array, sample rate).
+        obj: path, ``file://`` URL, bytes, ``data:audio/...;base64,`` URL (any format of libsndfile), a numpy
+            or torch array [samples] or [channels, samples], or a pair (array, sample rate).
         sample_rate: of an array; default 16000. A file has its own.
         limits: the length is compared with ``max_audio_seconds`` before more than that is decoded.
 
@@ -111,8 +111,7 @@ def _from_array(array: np.ndarray | torch.Tensor, rate: int, limits: Limits) -> 
 
 def _decode(source: Path | bytes, limits: Limits) -> tuple[np.ndarray, int]:
     """Channel 0 of a file as float32 and its rate."""
-    stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-    with stream:
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
         _check_riff(stream)
         try:
             with soundfile.SoundFile(stream) as file:
@@ -234,5 +233,5 @@ def projector_tokens(length: int, kernel: int, stride: int) -> int:
 
 
 def whisper_tokens(frames: int, kernel: int = 3, stride: int = 2) -> int:
-    """Tokens of ``frames`` log-mel frames: the encoder's second convolution halves them, then the projector."""
+    """Tokens of ``frames`` log-mel frames: the encoder's second convolution and the projector halve them."""
     return projector_tokens((frames - 1) // 2 + 1, kernel, stride)

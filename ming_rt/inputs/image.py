@@ -95,8 +95,8 @@ def load_image(obj: object, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     animation the first frame counts.
 
     Args:
-        obj: path, ``file://`` URL, bytes, ``data:image/...;base64,`` URL, PIL image, or a uint8 array or tensor
-            [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        obj: path, ``file://`` URL, bytes, ``data:image/...;base64,`` URL, PIL image, or a uint8 array or
+            tensor [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
         limits: the pixel count is compared before anything is decoded.
 
     Returns:
@@ -106,50 +106,58 @@ def load_image(obj: object, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         InvalidMediaError: malformed, truncated, empty or too large.
         UnsupportedError: an http(s) URL.
     """
+    picture = _opened(obj, limits)
+    if isinstance(picture, np.ndarray):
+        picture = picture.reshape(*picture.shape[:2], -1)
+        rgb = np.repeat(picture, 3, 2) if picture.shape[2] == 1 else picture[:, :, :3]
+        return np.ascontiguousarray(rgb)
+    try:
+        return np.array(picture.convert("RGB"))
+    except Exception as error:  # whatever a codec raises on hostile bytes
+        raise InvalidMediaError(f"image: malformed or truncated file ({type(error).__name__})") from error
+
+
+def image_size(obj: object, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Height and width of what ``load_image`` would return, from the header alone; raises as that does."""
+    picture = _opened(obj, limits)
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+
+
+def _opened(obj: object, limits: Limits) -> np.ndarray | Image.Image:
+    """The picture behind ``obj``, checked against the limits, not yet decoded."""
     if isinstance(obj, torch.Tensor):
         obj = obj.detach().cpu().numpy()
     if isinstance(obj, np.ndarray):
-        return _from_array(obj, limits)
-    if isinstance(obj, Image.Image):
-        return _to_rgb(obj, limits)
+        channels = obj.shape[2] if obj.ndim == 3 else 1
+        if obj.dtype != np.uint8 or obj.ndim not in (2, 3) or channels not in (1, 3, 4):
+            raise InvalidMediaError(
+                f"image: found {obj.dtype} {list(obj.shape)}, expected uint8 [H, W], [H, W, 3] or [H, W, 4]"
+            )
+        check_pixels(*obj.shape[:2], limits)
+        return obj
+    if not isinstance(obj, Image.Image):
+        obj = _open_file(obj, limits)
+    check_pixels(obj.height, obj.width, limits)
+    return obj
+
+
+def _open_file(obj: object, limits: Limits) -> Image.Image:
     source = resolve(obj, "image", limits)
     if source is None:
         raise InvalidMediaError(
             f"image: found {type(obj).__name__}, expected a path, bytes, data URL, PIL image or uint8 array"
         )
     try:
-        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
         raise InvalidMediaError(f"image: not a readable {', '.join(_FORMATS)} file") from error
     except Image.DecompressionBombError as error:
         raise InvalidMediaError("image: found more pixels than Pillow opens") from error
     except Exception as error:  # whatever a codec raises on hostile bytes
         raise InvalidMediaError(f"image: malformed file ({type(error).__name__})") from error
-    with picture:
-        picture.info.pop("transparency", None)  # not used; Pillow would warn of some forms
-        return _to_rgb(picture, limits)
-
-
-def _from_array(array: np.ndarray, limits: Limits) -> np.ndarray:
-    if (
-        array.dtype != np.uint8
-        or array.ndim not in (2, 3)
-        or (array.ndim == 3 and array.shape[2] not in (1, 3, 4))
-    ):
-        raise InvalidMediaError(
-            f"image: found {array.dtype} {list(array.shape)}, expected uint8 [H, W], [H, W, 3] or [H, W, 4]"
-        )
-    check_pixels(*array.shape[:2], limits)
-    array = array.reshape(*array.shape[:2], -1)
-    return np.ascontiguousarray(np.repeat(array, 3, 2) if array.shape[2] == 1 else array[:, :, :3])
-
-
-def _to_rgb(picture: Image.Image, limits: Limits) -> np.ndarray:
-    check_pixels(picture.height, picture.width, limits)
-    try:
-        return np.array(picture.convert("RGB"))
-    except Exception as error:  # whatever a codec raises on hostile bytes
-        raise InvalidMediaError(f"image: malformed or truncated file ({type(error).__name__})") from error
+    picture.info.pop("transparency", None)  # not used; Pillow would warn of some forms
+    return picture
 
 
 def fetch_target(height: int, width: int, options: Mapping[str, Any], limits: Limits) -> tuple[int, int]:
@@ -198,8 +206,8 @@ def preprocess_image(
         config: pixel limits and normalisation.
 
     Returns:
-        Patch rows float32 [t*h*w, 1176], the grid (1, h, w) in patches, and the picture after the first stage,
-        uint8 [H, W, 3].
+        Patch rows float32 [t*h*w, 1176], the grid (1, h, w) in patches, and the picture after the first
+        stage, uint8 [H, W, 3].
 
     Raises:
         InvalidRequestError: a malformed or unknown option.

@@ -1,9 +1,9 @@
 """Picture resizing and patch extraction (contract: csrc/ops/image/image.h).
 
-Two resizers of one shape, separable with the horizontal pass first and the same window rule (an output pixel i
-is centred on (i + 0.5) * in / out and its kernel is widened by the shrink factor):
+Two resizers of one shape, separable with the horizontal pass first and the same window rule (an output pixel
+i is centred on (i + 0.5) * in / out and its kernel is widened by the shrink factor):
 
-* ``resize_u8`` is Pillow's (all versions before 13), bit exact: 22-bit fixed-point weights, each pass rounded;
+* ``resize_u8`` is Pillow's (before version 13), bit exact: 22-bit fixed-point weights, each pass rounded;
 * ``resize_frames`` is torch's antialiased interpolation: float32 weights and sums, no rounding in between.
 """
 
@@ -30,14 +30,28 @@ _CHUNK_BYTES = 16 << 20  # intermediate memory of resize_frames, so that a clip'
 
 
 def _kernel(kind: Kind, x: np.ndarray) -> np.ndarray:
-    """The interpolation kernel at distance x in its own dtype; Keys' cubic has a = -0.5."""
+    """The interpolation kernel at distance x, float64; Keys' cubic has a = -0.5."""
     x = np.abs(x)
-    one, a = x.dtype.type(1.0), x.dtype.type(-0.5)
     if kind == "bilinear":
-        return np.where(x < 1, one - x, x.dtype.type(0))
-    near = ((a + 2) * x - (a + 3)) * x * x + one
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x < 1, near, np.where(x < 2, far, x.dtype.type(0)))
+        return np.maximum(1 - x, 0)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def _fused(a: np.ndarray, b: np.ndarray | float, c: float) -> np.ndarray:
+    """a * b + c of float32 values with one rounding, as torch's kernels compute it."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def _kernel_f32(kind: Kind, x: np.ndarray) -> np.ndarray:
+    """The same in float32, rounded where torch rounds."""
+    x = np.abs(x)
+    if kind == "bilinear":
+        return np.maximum(1 - x, np.float32(0))
+    near = _fused(_fused(x, 1.5, -2.5) * x, x, 1.0)
+    far = _fused(_fused(_fused(x, -0.5, 2.5), x, -4.0), x, 2.0)
+    return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
 
 
 def _windows(centre: np.ndarray, support: float, n_in: int) -> tuple[np.ndarray, np.ndarray]:
@@ -85,11 +99,13 @@ def _float_table(n_in: int, n_out: int, kind: Kind) -> tuple[Tensor, Tensor]:
     stretch = max(scale, f32(1))
     centre = ((np.arange(n_out) + 0.5) * np.float64(scale)).astype(f32)
     lo, count = _windows(
-        centre.astype(np.float64) - 0.0, np.float64(f32(2.0 if kind == "bicubic" else 1.0) * stretch), n_in
+        centre.astype(np.float64), np.float64(f32(2.0 if kind == "bicubic" else 1.0) * stretch), n_in
     )
     j = np.arange(count.max())
     offset = (lo[:, None] + j).astype(f32) - centre[:, None]
-    weights = _kernel(kind, ((offset.astype(np.float64) + 0.5) * np.float64(f32(1) / stretch)).astype(f32))
+    weights = _kernel_f32(
+        kind, ((offset.astype(np.float64) + 0.5) * np.float64(f32(1) / stretch)).astype(f32)
+    )
     weights[j >= count[:, None]] = 0.0
     weights /= np.cumsum(weights, 1, dtype=f32)[:, -1:]
     start, table = _table(weights, lo, count, n_in)
@@ -127,7 +143,7 @@ def resize_u8(image: Tensor, height: int, width: int, kind: Kind = "bicubic") ->
 
 
 def resize_u8_torch(image: Tensor, height: int, width: int, kind: Kind = "bicubic") -> Tensor:
-    """``resize_u8`` as a plain torch composition: one dense float64 product per pass, exact in its integers."""
+    """``resize_u8`` as a plain torch composition: one dense float64 product per pass, all integers exact."""
     _check_size("resize_u8", height, width, kind)
     x = image.double()
     for dim, size in ((1, width), (0, height)):
@@ -192,8 +208,8 @@ def patchify(
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Normalises frames and cuts them into the vision tower's patch rows.
 
-    ``v = (float32(pixel * (1/255)) - mean) / std``; rows run over time blocks, merged rows, merged columns and
-    the 2x2 block inside; the 1176 values of a row over channel 3, time 2, y 14, x 14.
+    ``v = (float32(pixel * (1/255)) - mean) / std``; rows run over time blocks, merged rows, merged columns
+    and the 2x2 block inside; the 1176 values of a row over channel 3, time 2, y 14, x 14.
 
     Args:
         frames: [T, H, W, 3] uint8 or float32 (0..255), H and W divisible by 28, T even, or 1 (then doubled).
