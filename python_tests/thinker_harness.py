@@ -114,11 +114,10 @@ class Runner:
                 rows.append(chunk.media.rows + first)
                 feats.append(chunk.media.feats)
         modality = np.concatenate([chunk.modality for chunk in chunks])
+        positions = np.concatenate([chunk.positions for chunk in chunks], axis=1)
         batch = Batch(
             input_ids=torch.from_numpy(np.concatenate([chunk.ids for chunk in chunks])),
-            positions=torch.from_numpy(
-                np.concatenate([c.positions for c in chunks], axis=1).astype(np.int32)
-            ),
+            positions=torch.from_numpy(np.ascontiguousarray(positions, np.int32)),
             slots=torch.from_numpy(np.concatenate(slots)),
             page_table=torch.from_numpy(self.page_table[[chunk.sequence for chunk in chunks]]),
             cu_seqlens_q=torch.from_numpy(ends.astype(np.int32)),
