@@ -26,7 +26,7 @@ constexpr int tile_rows() {
 constexpr int kTileVectors = 1;
 template <typename T>
 constexpr int tile_rows() {
-  return 4;
+  return sizeof(T) == 4 ? 4 : 1;  // more bfloat16 rows spill on a 16 x 128-bit register file
 }
 #endif
 constexpr int kMaxTileRows = 6;
@@ -125,11 +125,14 @@ inline Pair broadcast_pair(const bf16* p) {
 }
 #else
 inline Pair load_pairs(const bf16* p) {
+  // Whole 32-bit words (little-endian: even k below), which compilers turn into vector shifts and masks.
+  uint32_t words[VF], even[VF], odd[VF];
+  std::memcpy(words, p, sizeof(words));
+  for (int i = 0; i < VF; ++i) even[i] = words[i] << 16;
+  for (int i = 0; i < VF; ++i) odd[i] = words[i] & 0xffff0000u;
   Pair r;
-  for (int i = 0; i < VF; ++i) {
-    r.even.v[i] = to_float(p[2 * i]);
-    r.odd.v[i] = to_float(p[2 * i + 1]);
-  }
+  std::memcpy(r.even.v, even, sizeof(even));
+  std::memcpy(r.odd.v, odd, sizeof(odd));
   return r;
 }
 inline Pair broadcast_pair(const bf16* p) {
@@ -157,8 +160,9 @@ void panel_dot(const bf16* const* x, const bf16* panel, int64_t k, float* acc) {
       for (int m = 0; m < M; ++m) {
         const Pair a = broadcast_pair(row[m] + i);
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v)
-          sum[m][v] = vfma(a.odd, b[v].odd, vfma(a.even, b[v].even, sum[m][v]));
+        for (int v = 0; v < kTileVectors; ++v) sum[m][v] = vfma(a.even, b[v].even, sum[m][v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) sum[m][v] = vfma(a.odd, b[v].odd, sum[m][v]);
       }
     }
     if (k % 2)

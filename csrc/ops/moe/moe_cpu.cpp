@@ -81,11 +81,12 @@ void route_logits(const MoeRouteParams& p) {
                const int64_t column = panel * kPanelColumns;
                const int columns =
                    int(p.experts - column < kPanelColumns ? p.experts - column : kPanelColumns);
-               float* wide = scratch<float>(kRowScratch, (end - begin) * width);
+               float* wide = scratch<float>(kRowScratch, tile_rows<float>() * width);  // the rows of one tile
                panel_rows<float>(
                    begin, end, w, p.hidden,
                    [&](int64_t i) {
-                     return as_float(x + order[i] * p.x_stride, p.hidden, wide + (i - begin) * width);
+                     return as_float(x + order[i] * p.x_stride, p.hidden,
+                                     wide + (i - begin) % tile_rows<float>() * width);
                    },
                    [&](int64_t i, const float* sums) {
                      store_plain(sums, columns, p.logits + order[i] * int64_t(p.experts) + column);
