@@ -17,8 +17,8 @@ TABLE = {
     # An op against its float64 reference or its torch composition, outputs of order one.
     ("op", torch.float32): Tolerance(2e-5, 2e-5),
     ("op", torch.bfloat16): Tolerance(8e-3, 8e-3),
-    # Partial sums of several ranks against one sum, through all layers.
-    ("tensor_parallel", torch.float32): Tolerance(2e-4, 2e-4),
+    # Another order of summation through all layers: kernels or compositions, one rank or several.
+    ("model", torch.float32): Tolerance(2e-4, 2e-4),
     # cos and sin against float64 at the same fp32 angle.
     ("rope_table", torch.float32): Tolerance(3e-7, 0.0),
     # Softmax over scores of order 1000: one fp32 ulp of a score moves a weight by 1e-4.

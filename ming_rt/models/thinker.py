@@ -113,7 +113,7 @@ class Thinker:
         tap(f"layer{len(self.layers) - 1}.out", residual)
         tap(f"hidden.{len(self.layers)}", x)
         logits = self.comm.all_gather(ops.linear(x[batch.logit_rows], self.head, out_dtype=torch.float32))
-        return ThinkerOutput(logits, *((hidden0, x) if batch.want_hidden else ()))
+        return ThinkerOutput(logits, hidden0, x) if batch.want_hidden else ThinkerOutput(logits)
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """Word embeddings ``[N, H]`` with media features in place of their placeholders."""

@@ -10,6 +10,7 @@ from thinker_harness import Runner
 from tiny import FAMILIES, random_prompt, run_ranks, tiny_config
 from tolerances import assert_close
 
+from ming_rt import ops
 from ming_rt.config import ThinkerConfig
 from ming_rt.errors import UnsupportedError
 from ming_rt.models.thinker import Thinker
@@ -93,7 +94,7 @@ def test_two_ranks_equal_one(family):
 
     first, second = run_ranks(2, rank_answer)
     assert torch.equal(first, second)
-    assert_close(first, expected, "tensor_parallel")
+    assert_close(first, expected, "model")
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,22 @@ def test_ids_outside_the_vocabulary_are_clipped():
     runner.prompts[0].media = None
     out = runner.prefill()
     assert torch.equal(out.hidden0, runner.thinker.embed[[0, 3, 111]])
+
+
+@families
+def test_kernels_agree_with_compositions(family, monkeypatch):
+    """Awkward sizes: the model on kernels against the same model on the plain torch compositions."""
+    sizes = {"hidden_size": 44, "moe_intermediate_size": 20, "intermediate_size": 36, "vocab_size": 131}
+    config = tiny_config(family, **sizes)
+
+    def logits():
+        thinker = Thinker(config, RandomSource(5, torch.float32))
+        prompts = [random_prompt(length, config.hidden_size, length) for length in (1, 19)]
+        return answer(Runner(thinker, prompts, page_size=5, capacity=40))
+
+    kernels = logits()
+    faces = [name for name in dir(ops) if hasattr(ops, f"{name}_torch") and not name.startswith("pack")]
+    assert {"linear", "rms_norm", "attention_paged", "moe_route", "rope_append"} <= set(faces)
+    for name in faces:
+        monkeypatch.setattr(ops, name, getattr(ops, f"{name}_torch"))
+    assert_close(kernels, logits(), "model")
