@@ -120,13 +120,17 @@ class Checkpoint:
             return raw.clone().view(dtype).view(info.shape)
         return torch.frombuffer(buffer, dtype=dtype, count=info.numel, offset=info.begin).view(info.shape)
 
-    def advise(self, name: str, advice: int, begin: int = 0, end: int | None = None) -> None:
-        """Gives the kernel ``advice`` on a tensor's pages (bytes ``begin`` to ``end`` of the tensor)."""
+    def advise(self, name: str, advice: int) -> None:
+        """Gives the kernel ``advice`` (mmap.MADV_...) on the pages of a tensor."""
         info = self.tensors[name]
-        start = (info.begin + begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        stop = info.end if end is None else info.begin + end
-        if stop > start:
-            self._maps[info.file].madvise(advice, start, stop - start)
+        start = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if info.end > start:
+            self._maps[info.file].madvise(advice, start, info.end - start)
+
+    def drop_pages(self) -> None:
+        """Gives all pages of the files back; they are read again when touched."""
+        for buffer in self._maps.values():
+            buffer.madvise(mmap.MADV_DONTNEED)
 
     def _problem(self, text: str) -> None:
         if len(self.problems) < _MAX_PROBLEMS:

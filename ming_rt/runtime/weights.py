@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
@@ -36,8 +37,9 @@ Shard = tuple[int, int, int]  # dim, rank, world: the rank's equal share of that
 Progress = Callable[[int, int], None]  # bytes done, bytes in total
 T = TypeVar("T")
 
-# Pages of consumed tensors are given back once this much has piled up.
-_DROP_BYTES = 8 << 20
+# Tensors asked for together are used together: a view's file pages are given back this many requests later.
+_IN_USE = 4
+_COPY_BYTES = 8 << 20
 
 
 class WeightSource(Protocol):
@@ -177,8 +179,7 @@ class CheckpointSource:
             if total_bytes is None
             else total_bytes
         )
-        self._used: list[str] = []
-        self._used_bytes = 0
+        self._in_use: deque[str] = deque()
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
@@ -191,40 +192,31 @@ class CheckpointSource:
             raise WeightsError(f"{name}: missing, expected shape {list(full)}")
         if info.shape != full:
             raise WeightsError(f"{name}: shape {list(info.shape)}, expected {list(full)}")
-        self._drop_used()
+        while len(self._in_use) >= _IN_USE:
+            self.checkpoint.advise(self._in_use.popleft(), mmap.MADV_DONTNEED)
         view = take_shard(self.checkpoint.view(name), shard)
         self.done_bytes += info.nbytes
         if self.progress:
             self.progress(self.done_bytes, self.total_bytes)
-        if dtype is None:
-            self._used.append(name)
-            self._used_bytes += info.nbytes
-            return view
-        return self._copy(info, view, dtype)
+        if dtype is not None:
+            return self._copy(info, view, dtype)
+        self._in_use.append(name)
+        return view
 
     def finish(self) -> None:
-        """Gives the last pages back; views handed out stay valid (they are read again if used)."""
-        self._drop_used(least=0)
-
-    def _drop_used(self, least: int = _DROP_BYTES) -> None:
-        if self._used_bytes > least:
-            for name in self._used:
-                self.checkpoint.advise(name, mmap.MADV_DONTNEED)
-            self._used, self._used_bytes = [], 0
+        """Gives all pages back; views handed out stay valid (they are read again if used)."""
+        self.checkpoint.drop_pages()
 
     def _copy(self, info: TensorInfo, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Converts piece by piece, giving pages back in between."""
         out = torch.empty(view.shape, dtype=dtype)
         rows = view.shape[0] if view.dim() else 1
-        step = max(1, rows * _DROP_BYTES // max(1, info.nbytes))
+        step = max(1, rows * _COPY_BYTES // max(1, info.nbytes))
         if step >= rows:
             out.copy_(view)
-        else:
-            for row in range(0, rows, step):
-                out[row : row + step].copy_(view[row : row + step])
-                self.checkpoint.advise(info.name, mmap.MADV_DONTNEED)
-        self._used.append(info.name)
-        self._used_bytes += info.nbytes
+        for row in range(0, rows, step) if step < rows else ():
+            out[row : row + step].copy_(view[row : row + step])
+            self.checkpoint.advise(info.name, mmap.MADV_DONTNEED)
         return out
 
 

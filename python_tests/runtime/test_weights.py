@@ -401,10 +401,11 @@ def status(key):
 
 def build(src):
     kept = []
-    for i in range(48):
-        w = src.tensor(f"model.{i}.weight", (1024, 1536))
-        kept.append(torch.empty(w.shape, dtype=src.dtype, device=w.device).copy_(w))  # as packing would
-    kept.append(src.tensor("model.big", (32768, 1024), src.dtype))
+    for i in range(0, 96, 3):
+        three = [src.tensor(f"model.{j}.weight", (512, 1024)) for j in range(i, i + 3)]
+        for w in three:
+            kept.append(torch.empty(w.shape, dtype=src.dtype, device=w.device).copy_(w))  # as packing would
+    kept.append(src.tensor("model.big", (40960, 1024), src.dtype))
     return kept
 
 torch.ones(1 << 20).to(torch.bfloat16).sum()
@@ -421,8 +422,8 @@ print(sum(t.nbytes for t in model), peak)
 )
 def test_peak_memory(tmp_path):
     """All resident memory counts, also the mapped file's pages: the kernel's high-water mark of the RSS."""
-    tensors = {f"model.{i}.weight": torch.full((1024, 1536), float(i)) for i in range(48)}
-    tensors["model.big"] = torch.ones(32768, 1024)
+    tensors = {f"model.{i}.weight": torch.full((512, 1024), float(i)) for i in range(96)}
+    tensors["model.big"] = torch.ones(40960, 1024)
     save_file(tensors, tmp_path / "model.safetensors")
     result = subprocess.run(
         [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)],
@@ -432,5 +433,5 @@ def test_peak_memory(tmp_path):
         cwd=Path(__file__).parents[2],
     )
     loaded, peak = map(int, result.stdout.split())
-    assert loaded == 2 * (48 * 1024 * 1536 + 32768 * 1024)
+    assert loaded == 2 * (96 * 512 * 1024 + 40960 * 1024)
     assert peak <= 1.1 * loaded, f"peak {peak / 1e6:.0f} MB for {loaded / 1e6:.0f} MB"
