@@ -10,7 +10,7 @@ import codecs
 import itertools
 import threading
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,10 +113,8 @@ class FakeThinker:
     """``forward`` over the real KVCache; hooks make single steps fail or wait."""
 
     before_step: object = None
-    batches: list = field(default_factory=list)
 
     def forward(self, batch, kv) -> ThinkerOutput:
-        self.batches.append(batch)
         if self.before_step is not None:
             self.before_step(batch)
         modality = (

@@ -66,17 +66,17 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
         before = self.preemptions
-        decoding = [r for r in self.running if r.remaining == 1]
-        prefilling = [r for r in self.running if r.remaining > 1]
-        for request in decoding + prefilling:
+        # Only the newest running request can still be in its prompt (those behind it wait for budget), so the
+        # order of arrival is also: decodes first.
+        for request in list(self.running):
             if budget == 0:
                 break
-            if request not in self.running:  # preempted for an older one in this very step
-                continue
             stop = request.num_computed + min(request.remaining, budget)
-            if self._grow(request, stop, chunks):
+            if request in self.running and self._grow(
+                request, stop
+            ):  # may have been preempted for an older one
                 chunks.append(Chunk(request, request.num_computed, stop))
-            budget = self.max_num_batched_tokens - sum(c.stop - c.start for c in chunks)
+                budget -= stop - request.num_computed
         if self.preemptions == before:
             self._admit(chunks, budget)
         return chunks
@@ -125,13 +125,12 @@ class Scheduler:
             budget -= stop - start
             owed += pool.pages_for(request.num_tokens) - len(request.pages) + 1
 
-    def _grow(self, request: Request, tokens: int, chunks: list[Chunk]) -> bool:
+    def _grow(self, request: Request, tokens: int) -> bool:
         """Give ``request`` pages for ``tokens`` tokens, preempting the newest; False = that was itself."""
         missing = self.pool.pages_for(tokens) - len(request.pages)
         while missing > self.pool.available:
             victim = self.running[-1]
             self._preempt(victim)
-            chunks[:] = [c for c in chunks if c.request is not victim]
             if victim is request:
                 return False
         if missing > 0:

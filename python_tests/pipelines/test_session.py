@@ -85,9 +85,10 @@ def test_every_generation_answers_about_every_medium(checkpoint, media, generati
         assert session.stats().kv_pages_used == 0
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_do_not_depend_on_batch_chunks_or_prefix_hits(checkpoint, media, dtype):
-    directory, asked = checkpoint("v1.5"), questions(media)
+def test_answers_do_not_depend_on_batch_chunks_or_prefix_hits(checkpoint, media, generation, dtype):
+    directory, asked = checkpoint(generation), questions(media)
     with load(directory, dtype=dtype) as session:
         alone = [session.chat(q, max_tokens=TOKENS).token_ids for q in asked]
         again = [session.chat(q, max_tokens=TOKENS) for q in asked]

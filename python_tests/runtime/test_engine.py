@@ -162,6 +162,20 @@ def test_media_are_encoded_once_and_on_the_engine_thread():
         assert model.encoded == 3
 
 
+def test_running_requests_go_on_between_two_encodings():
+    model = FakeModel()
+    gate = Gate(model)
+    encoded = []
+    model.thinker.before_step = lambda batch: (encoded.append(model.encoded), gate(batch))
+    with make_engine(model) as engine:
+        decoding = engine.submit(text_prompt(1, 5), greedy(20))
+        gate.wait()
+        others = [engine.submit(media_prompt(i), greedy(2)) for i in range(4)]
+        gate.release()
+        assert all(h.result() for h in (decoding, *others))
+    assert encoded[:5] == [0, 1, 2, 3, 4]
+
+
 def test_events_add_up():
     with make_engine() as engine:
         events = list(engine.submit(text_prompt(5, 20), greedy(40, logprobs=2)))

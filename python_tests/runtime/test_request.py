@@ -83,6 +83,30 @@ def test_keys_leave_the_last_token_to_be_computed():
         assert len(list(r.prefix_keys(4))) == pages
 
 
+@pytest.mark.parametrize("change", ["token", "position", "modality", "media", "media_row"])
+def test_a_change_alters_the_key_of_its_page_and_all_after(change):
+    def keys(at: int | None) -> list[bytes]:
+        ids, positions, modality = np.arange(17), np.tile(np.arange(17), (3, 1)), np.zeros(17)
+        rows, feats = np.array([1, 6, 14]), torch.ones(3, 2)
+        if at is not None and change == "token":
+            ids[at] += 1
+        elif at is not None and change == "position":
+            positions[2, at] += 1
+        elif at is not None and change == "modality":
+            modality[at] = 1
+        elif at is not None and change == "media":
+            feats[1, 1] = 2
+        elif at is not None:
+            rows[1] = at
+        r = request(ids)
+        r.plan(positions, 0, modality, MediaEmbeds(rows, feats))
+        return list(r.prefix_keys(4))
+
+    plain, changed = keys(None), keys(5)
+    assert len(plain) == 4
+    assert [a == b for a, b in zip(plain, changed, strict=True)] == [True, False, False, False]
+
+
 def test_random_numbers_depend_on_the_seed_alone():
     draws = [[request([1], seed=seed).uniform() for _ in range(1)] for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]

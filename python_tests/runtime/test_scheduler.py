@@ -141,6 +141,18 @@ def test_the_newest_is_preempted_and_keeps_its_tokens():
     assert new.preemptions == 1
 
 
+def test_no_admission_that_would_be_undone_at_once():
+    s = scheduler(pages=10, tokens=64)
+    s.add(request(1, 16, max_tokens=6))
+    step(s)
+    s.add(request(2, 24))
+    assert [p[0] for p in step(s)] == [1], "the last 6 pages would fit 2, but 1 is about to need one"
+    while 1 in {r.id for r in s.running}:
+        step(s)
+    assert step(s) == [(2, 0, 24)]
+    assert s.preemptions == 0
+
+
 @pytest.mark.parametrize(("seqs", "tokens"), [(0, 4), (5, 4)])
 def test_impossible_sizes_are_refused(seqs, tokens):
     with pytest.raises(ValueError, match="max_num_seqs"):
@@ -174,6 +186,7 @@ def test_random_schedules_finish_everything_in_order_within_budget(seed):
         assert sum(stop - start for _, start, stop in plan) <= tokens
         assert len({number for number, _, _ in plan}) == len(plan)
         assert len(s.running) <= s.max_num_seqs
+        assert all(r.remaining == 1 for r in s.running[:-1])
         assert [r.id for r in s.running] == sorted(r.id for r in s.running)
         assert [r.id for r in s.waiting] == sorted(r.id for r in s.waiting)
         assert plan or not len(s), "work is waiting and nothing runs"
