@@ -93,6 +93,8 @@ def test_model(case: GoldenCase, tmp_path, isa):
     for prefix in sub_cases(case, "input_ids"):
         run = Recorded(case, prefix)
         thinker = load_case(case, tmp_path, partial(Thinker, run.config))
+        if (head := run.outputs.get("lm_head_normalised")) is not None:
+            assert_close(thinker.head.unpack(), head, "golden_weight")
         steps = len(run.outputs.get("decode.input_ids", ()))
         runner = Runner(thinker, run.prompts(), capacity=run.ids.shape[1] + steps)
         out = runner.prefill(all_logits=True)
@@ -169,7 +171,7 @@ def check_routing(taps: dict[str, torch.Tensor], recorded: dict[str, torch.Tenso
         ids, order = taps[f"{layer}.topk_idx"].long().sort(dim=-1)
         assert torch.equal(ids, expected), name
         weights = taps[f"{layer}.topk_weight"].gather(-1, order)
-        assert_close(weights, recorded[name.replace("topk_idx", "topk_weight")], "golden_router_weight")
+        assert_close(weights, recorded[name.replace("topk_idx", "topk_weight")], "golden_weight")
 
 
 def check_decode_positions(run: Recorded, step: int, chunks) -> None:
@@ -325,10 +327,10 @@ def test_routers(case: GoldenCase, isa):
             topk_group=settings.get("topk_group", 1),
             scaling=settings.get("routed_scaling_factor", 1.0),
         )
-        assert_close(logits, case.outputs[f"{prefix}logits"], "golden_router_weight")
+        assert_close(logits, case.outputs[f"{prefix}logits"], "golden_weight")
         ids, order = ids.long().sort(dim=-1)
         assert torch.equal(ids, case.outputs[f"{prefix}topk_idx"]), prefix
-        assert_close(weights.gather(-1, order), case.outputs[f"{prefix}topk_weight"], "golden_router_weight")
+        assert_close(weights.gather(-1, order), case.outputs[f"{prefix}topk_weight"], "golden_weight")
 
 
 @golden_cases(has_output("y_bf16"))
