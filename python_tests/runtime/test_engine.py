@@ -314,6 +314,23 @@ def test_cancel_at_every_stage(stage):
         check_all_free(engine)
 
 
+def test_cancel_sends_the_text_that_was_held_back():
+    model = FakeModel()
+    with make_engine(model) as engine:
+        text = engine.submit(text_prompt(1, 5), greedy(3)).result().text
+        gate = Gate(model)
+        handle = engine.submit(text_prompt(1, 5), greedy(30, stop=text[-1] + "#"))
+        gate.wait()
+        for _ in range(2):
+            gate.release(all_steps=False)
+            gate.wait()
+        handle.cancel()
+        gate.release()
+        *deltas, done = handle
+    assert len(done.token_ids) == 3
+    assert "".join(d.text for d in deltas) == done.text == text
+
+
 @pytest.mark.parametrize("how", ["drop", "break", "with", "async_break"])
 def test_a_reader_that_goes_away_frees_its_pages(how):
     def read() -> None:
