@@ -7,6 +7,7 @@ namespace ming {
 namespace MING_ISA {
 namespace {
 
+constexpr int kFewRows = 16;
 constexpr int64_t kMaxPartials = 16 << 20;  // floats of partial outputs that run_spans may hold
 
 // Work of one tile of consecutive queries of one sequence against one KV head.
@@ -120,7 +121,8 @@ struct Worker {
 
   static int64_t floats(const AttentionParams& p, int rows) {
     const int64_t dp = padded(p.head_dim);
-    return rows * (K::units(p.head_dim) + int64_t(kScoreStride) + 2 * dp + 4) + kBlock * dp + 64;
+    return rows * (K::units(p.head_dim) + int64_t(kScoreStride) + 2 * dp + 4) + K::units(kSpan) * dp +
+           kBlock * dp + 64;
   }
 
   Worker(const AttentionParams& params, int max_rows)
@@ -131,7 +133,7 @@ struct Worker {
       at += n;
       return r;
     };
-    block = take(int64_t(kBlock) * dp);
+    block = take(int64_t(K::units(kSpan) + kBlock) * dp);
     s = take(int64_t(max_rows) * kScoreStride);
     total.out = take(int64_t(max_rows) * dp);
     part.out = take(int64_t(max_rows) * dp);
@@ -146,28 +148,58 @@ struct Worker {
     for (int r = 0; r < seq.rows; ++r) K::pack_row(q + int64_t(r) * units, seq.query(r), p.head_dim);
   }
 
+  // Starts loading the rows of the next block, which lie scattered in memory, while this one is computed.
+  void prefetch(const T* const* rows, int n) const {
+    const int64_t bytes = p.head_dim * int64_t(sizeof(T));
+    for (int i = 0; i < n; ++i)
+      for (int64_t b = 0; b < bytes; b += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + b, 0, 2);
+  }
+
   // Softmax statistics and weighted values of the keys [begin, end) of one span; rows that see none are left
   // alone.
   void span(const Sequence<T>& seq, int64_t begin, int64_t end, const Partial& to) {
-    const T* at[kBlock];
+    const T *rows[kBlock], *next[kBlock];
+    auto size = [&](int64_t key) { return int(end - key < kBlock ? end - key : kBlock); };
+    seq.k_rows(next, begin, size(begin));
     for (int64_t key = begin; key < end; key += kBlock) {
-      const int n = int(end - key < kBlock ? end - key : kBlock), first = seq.first_row(key);
-      seq.k_rows(at, key, n);
-      K::pack_k(block, at, n, p.head_dim);
+      const int n = size(key), first = seq.first_row(key);
+      std::memcpy(rows, next, sizeof(rows));
+      const int64_t following = key + kBlock < end ? key + kBlock : begin;
+      following > key ? seq.k_rows(next, following, size(following)) : seq.v_rows(next, begin, size(begin));
+      K::pack_k(block, rows, n, p.head_dim);
+      prefetch(next, size(following));
       K::gemm(seq.rows - first, (n + VF - 1) / VF * VF, units, q + int64_t(first) * units, units, block,
               kBlock, s + int64_t(first) * kScoreStride + (key - begin), kScoreStride, false);
     }
     const float scale = p.scale * 1.44269504088896341f;
     for (int r = seq.first_row(begin); r < seq.rows; ++r) {
       const int64_t seen = seq.visible(r) - begin, len = end - begin;
-      K::softmax(s + int64_t(r) * kScoreStride, int(seen < len ? seen : len), scale, to.max + r, to.sum + r);
+      K::softmax(s + int64_t(r) * kScoreStride, int(seen < len ? seen : len), int(len), scale, to.max + r,
+                 to.sum + r);
     }
-    for (int64_t key = begin; key < end; key += kBlock) {
-      const int n = int(end - key < kBlock ? end - key : kBlock), first = seq.first_row(key);
-      seq.v_rows(at, key, n);
-      const int depth = K::pack_v(block, at, n, p.head_dim, dp);
-      K::gemm(seq.rows - first, dp, depth, s + int64_t(first) * kScoreStride + K::units(int(key - begin)),
-              kScoreStride, block, dp, to.out + int64_t(first) * dp, dp, key != begin);
+    // Many rows share all of the span's values, so that their sums stay in registers; few rows take a block
+    // at a time, which stays in the first-level cache.
+    const int64_t step = seq.rows > kFewRows ? kSpan : kBlock;
+    for (int64_t from = begin; from < end; from += step) {
+      const int64_t to_key = end - from < step ? end : from + step;
+      int depth = 0;
+      for (int64_t key = from; key < to_key; key += kBlock) {
+        std::memcpy(rows, next, sizeof(rows));
+        const int n = size(key);
+        if (key + kBlock < end) {
+          seq.v_rows(next, key + kBlock, size(key + kBlock));
+          prefetch(next, size(key + kBlock));
+        } else if (end < seq.keys()) {
+          const int more = int(seq.keys() - end < kBlock ? seq.keys() - end : kBlock);
+          seq.k_rows(next, end, more);
+          prefetch(next, more);
+        }
+        depth += K::pack_v(block + int64_t(depth) * dp, rows, n, p.head_dim, dp);
+      }
+      const int first = seq.first_row(from);
+      K::gemm(seq.rows - first, dp, depth, s + int64_t(first) * kScoreStride + K::units(int(from - begin)),
+              kScoreStride, block, dp, to.out + int64_t(first) * dp, dp, from != begin);
     }
   }
 

@@ -190,11 +190,10 @@ void gemm_units(int rows, int n, int depth, const float* a, int64_t lda, const f
   }
 }
 
-// Row maximum of scale * s over the first `len` scores, then p = 2^(scale * s - max) with zeros up to the
-// next block boundary, handed to `put(index, vector)`; `sum` adds vectors of equal position in a block in key
-// order.
+// Row maximum of scale * s over the first `len` scores, then p = 2^(scale * s - max) and zeros up to `width`,
+// handed to `put(index, vector)`. `sum` adds vectors of equal position modulo 4 in key order.
 template <typename Put>
-inline void softmax_row(const float* s, int len, float scale, float* max, float* sum, Put&& put) {
+inline void softmax_row(const float* s, int len, int width, float scale, float* max, float* sum, Put&& put) {
   const int whole = len / VF * VF;
   const vf none = vset(-std::numeric_limits<float>::infinity());
   vf m0 = none, m1 = none;
@@ -231,7 +230,7 @@ inline void softmax_row(const float* s, int len, float scale, float* max, float*
     sums[j] = sums[j] + e;
     i += VF;
   }
-  for (; i % kBlock; i += VF) put(i, vzero());
+  for (; i < width; i += VF) put(i, vzero());
   *max = top;
   *sum = vsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
@@ -264,8 +263,8 @@ struct Kernel {
                d + VF <= dim ? vload(rows[i] + d) : vload_tail(rows[i] + d, dim - d));
     return n;
   }
-  static void softmax(float* s, int len, float scale, float* max, float* sum) {
-    softmax_row(s, len, scale, max, sum, [&](int i, vf e) { vstore(s + i, e); });
+  static void softmax(float* s, int len, int width, float scale, float* max, float* sum) {
+    softmax_row(s, len, width, scale, max, sum, [&](int i, vf e) { vstore(s + i, e); });
   }
   static void gemm(int rows, int n, int depth, const float* a, int64_t lda, const float* b, int64_t ldb,
                    float* c, int64_t ldc, bool add) {
@@ -318,9 +317,9 @@ struct Kernel<bf16> {
       }
     return (n + 1) / 2;
   }
-  static void softmax(float* s, int len, float scale, float* max, float* sum) {
+  static void softmax(float* s, int len, int width, float scale, float* max, float* sum) {
     bf16* p = reinterpret_cast<bf16*>(s);
-    softmax_row(s, len, scale, max, sum, [&](int i, vf e) {
+    softmax_row(s, len, width, scale, max, sum, [&](int i, vf e) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), (__m256i)_mm512_cvtneps_pbh(e.v));
     });
   }
