@@ -22,7 +22,7 @@ MIN_PIXELS = 3136  # of the first stage, unless the message element says otherwi
 MAX_PIXELS = 802816
 MAX_ASPECT = 200
 OPTIONS = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"})
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 def fetch_size(

@@ -372,10 +372,20 @@ def _opened(source: Path | bytes) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise InvalidMediaError("video: the file has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise InvalidMediaError("video: the video stream is damaged or of an unknown codec")
             stream.thread_type = "AUTO"
             yield container, stream
     except av.FFmpegError as error:
         raise InvalidMediaError("video: malformed or truncated file, or of an unsupported format") from error
+
+
+def _declared_seconds(container: Any, stream: Any, found: int) -> float:
+    """Length of the video that the header promises; 0 where it makes no promise about this stream."""
+    if stream.frames > found and stream.duration:
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1 and container.format.name == "matroska,webm"
+    return container.duration / av.time_base if alone and container.duration else 0.0
 
 
 def _frame_times(source: Path | bytes, limits: Limits) -> tuple[list[float], float]:
@@ -398,11 +408,9 @@ def _frame_times(source: Path | bytes, limits: Limits) -> tuple[list[float], flo
             if len(stamps) > most:
                 break
         _check_rate(fps, len(stamps), limits)
-        begin = float((stream.start_time or 0) * unit)
-        if stream.frames > len(stamps) and stream.duration:
-            missing = begin + float(stream.duration * unit) - end
-            if missing > 2 / fps:
-                raise InvalidMediaError(f"video: truncated file, the last {missing:.2f} s are missing")
+        missing = _declared_seconds(container, stream, len(stamps)) - (end - min(stamps))
+        if missing > 2.5 / fps:
+            raise InvalidMediaError(f"video: truncated file, the last {missing:.2f} s are missing")
     return sorted(stamps), fps
 
 

@@ -24,6 +24,14 @@ from ming_rt.ops.gemm import (
     pack_weight,
     pack_weight_torch,
 )
+from ming_rt.ops.image import (
+    patchify,
+    patchify_torch,
+    resize_frames,
+    resize_frames_torch,
+    resize_u8,
+    resize_u8_torch,
+)
 from ming_rt.ops.moe import (
     ExpertWeights,
     RouterWeights,
@@ -52,6 +60,16 @@ from ming_rt.ops.rope import (
     rope_table_torch,
 )
 from ming_rt.ops.sampling import ngram_bans, ngram_bans_torch, sample, sample_torch
+from ming_rt.ops.spectral import (
+    fbank,
+    fbank_torch,
+    lfr_cmvn,
+    lfr_cmvn_torch,
+    log_mel,
+    log_mel_torch,
+    resample,
+    resample_torch,
+)
 
 ISAS = ("portable", "avx2", "avx512")
 
@@ -95,6 +113,8 @@ __all__ = [
     "attention_varlen_torch",
     "available_isas",
     "axis_table",
+    "fbank",
+    "fbank_torch",
     "grouped_gemm_down",
     "grouped_gemm_down_torch",
     "grouped_gemm_swiglu",
@@ -103,10 +123,14 @@ __all__ = [
     "isa",
     "layer_norm",
     "layer_norm_torch",
+    "lfr_cmvn",
+    "lfr_cmvn_torch",
     "linear",
     "linear_swiglu",
     "linear_swiglu_torch",
     "linear_torch",
+    "log_mel",
+    "log_mel_torch",
     "moe_combine",
     "moe_combine_torch",
     "moe_permute",
@@ -121,6 +145,14 @@ __all__ = [
     "pack_gate_up_torch",
     "pack_weight",
     "pack_weight_torch",
+    "patchify",
+    "patchify_torch",
+    "resample",
+    "resample_torch",
+    "resize_frames",
+    "resize_frames_torch",
+    "resize_u8",
+    "resize_u8_torch",
     "rms_norm",
     "rms_norm_torch",
     "rope_append",
