@@ -54,12 +54,13 @@ struct Sequence {
     return static_cast<T*>(p.out) + token * p.out_token_stride +
            (int64_t(kv_head) * group + r % group) * p.out_head_stride;
   }
-  // Addresses of `count` rows of k or v from key `begin`.
+  // Addresses of `count` rows of k or v from key `begin`; the block's further ones repeat the last.
   void key_rows(const T** at, int64_t begin, int count, const void* base, int64_t page_stride,
                 int64_t head_stride, int64_t token_stride) const {
     const T* head = static_cast<const T*>(base) + kv_head * head_stride;
     if (!p.page_table) {
-      for (int i = 0; i < count; ++i) at[i] = head + (t.q_base + begin + i) * token_stride;
+      for (int i = 0; i < kBlock; ++i)
+        at[i] = head + (t.q_base + begin + (i < count ? i : count - 1)) * token_stride;
       return;
     }
     const int32_t* table = p.page_table + t.seq * p.page_table_stride;
@@ -68,6 +69,7 @@ struct Sequence {
       const T* page = head + table[(begin + i) / p.page_size] * page_stride;
       for (int64_t o = offset; o < p.page_size && i < count; ++o) at[i++] = page + o * token_stride;
     }
+    for (int i = count; i < kBlock; ++i) at[i] = at[count - 1];
   }
   void k_rows(const T** at, int64_t begin, int count) const {
     key_rows(at, begin, count, p.k, p.k_page_stride, p.k_head_stride, p.k_token_stride);
@@ -148,27 +150,18 @@ struct Worker {
     for (int r = 0; r < seq.rows; ++r) K::pack_row(q + int64_t(r) * units, seq.query(r), p.head_dim);
   }
 
-  // Starts loading the rows of the next block, which lie scattered in memory, while this one is computed.
-  void prefetch(const T* const* rows, int n) const {
-    const int64_t bytes = p.head_dim * int64_t(sizeof(T));
-    for (int i = 0; i < n; ++i)
-      for (int64_t b = 0; b < bytes; b += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + b, 0, 2);
-  }
-
   // Softmax statistics and weighted values of the keys [begin, end) of one span; rows that see none are left
   // alone.
   void span(const Sequence<T>& seq, int64_t begin, int64_t end, const Partial& to) {
     const T *rows[kBlock], *next[kBlock];
-    auto size = [&](int64_t key) { return int(end - key < kBlock ? end - key : kBlock); };
-    seq.k_rows(next, begin, size(begin));
+    auto size = [&](int64_t key, int64_t until) { return int(until - key < kBlock ? until - key : kBlock); };
+    seq.k_rows(next, begin, size(begin, end));
     for (int64_t key = begin; key < end; key += kBlock) {
-      const int n = size(key), first = seq.first_row(key);
+      const int n = size(key, end), first = seq.first_row(key);
       std::memcpy(rows, next, sizeof(rows));
-      const int64_t following = key + kBlock < end ? key + kBlock : begin;
-      following > key ? seq.k_rows(next, following, size(following)) : seq.v_rows(next, begin, size(begin));
-      K::pack_k(block, rows, n, p.head_dim);
-      prefetch(next, size(following));
+      key + kBlock < end ? seq.k_rows(next, key + kBlock, size(key + kBlock, end))
+                         : seq.v_rows(next, begin, size(begin, end));
+      K::pack_k(block, rows, n, p.head_dim, next);
       K::gemm(seq.rows - first, (n + VF - 1) / VF * VF, units, q + int64_t(first) * units, units, block,
               kBlock, s + int64_t(first) * kScoreStride + (key - begin), kScoreStride, false);
     }
@@ -186,16 +179,11 @@ struct Worker {
       int depth = 0;
       for (int64_t key = from; key < to_key; key += kBlock) {
         std::memcpy(rows, next, sizeof(rows));
-        const int n = size(key);
-        if (key + kBlock < end) {
-          seq.v_rows(next, key + kBlock, size(key + kBlock));
-          prefetch(next, size(key + kBlock));
-        } else if (end < seq.keys()) {
-          const int more = int(seq.keys() - end < kBlock ? seq.keys() - end : kBlock);
-          seq.k_rows(next, end, more);
-          prefetch(next, more);
-        }
-        depth += K::pack_v(block + int64_t(depth) * dp, rows, n, p.head_dim, dp);
+        if (key + kBlock < end)
+          seq.v_rows(next, key + kBlock, size(key + kBlock, end));
+        else if (end < seq.keys())
+          seq.k_rows(next, end, size(end, seq.keys()));
+        depth += K::pack_v(block + int64_t(depth) * dp, rows, size(key, end), p.head_dim, dp, next);
       }
       const int first = seq.first_row(from);
       K::gemm(seq.rows - first, dp, depth, s + int64_t(first) * kScoreStride + K::units(int(from - begin)),

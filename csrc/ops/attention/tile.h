@@ -235,6 +235,11 @@ inline void softmax_row(const float* s, int len, int width, float scale, float* 
   *sum = vsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// Into the second-level cache.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // How tensors of element type T become units. The general form computes in fp32.
 template <typename T>
 struct Kernel {
@@ -244,7 +249,7 @@ struct Kernel {
     for (int d = 0; d < dim; ++d) to[d] = to_float(row[d]);
   }
   // to[d, i] = rows[i][d], zeros from key n to the next multiple of VF
-  static void pack_k(float* to, const T* const* rows, int n, int dim) {
+  static void pack_k(float* to, const T* const* rows, int n, int dim, const T* const* next) {
     for (int i = 0; i < n; i += VF)
       for (int d = 0; d < dim; d += VF) {
         const int w = dim - d < VF ? dim - d : VF;
@@ -252,15 +257,18 @@ struct Kernel {
         for (int j = 0; j < VF; ++j)
           t[j] = i + j >= n ? vzero() : w == VF ? vload(rows[i + j] + d) : vload_tail(rows[i + j] + d, w);
         transpose(t);
+        for (int j = 0; j < VF; ++j) prefetch(next[i + j] + d);
         for (int j = 0; j < w; ++j) vstore(to + int64_t(d + j) * kBlock + i, t[j]);
       }
   }
   // to[i, d] = rows[i][d], zero padded to dp; returns the depth of the product in units
-  static int pack_v(float* to, const T* const* rows, int n, int dim, int dp) {
+  static int pack_v(float* to, const T* const* rows, int n, int dim, int dp, const T* const* next) {
     for (int i = 0; i < n; ++i)
-      for (int d = 0; d < dp; d += VF)
+      for (int d = 0; d < dp; d += VF) {
+        prefetch(next[i] + d);
         vstore(to + int64_t(i) * dp + d,
                d + VF <= dim ? vload(rows[i] + d) : vload_tail(rows[i] + d, dim - d));
+      }
     return n;
   }
   static void softmax(float* s, int len, int width, float scale, float* max, float* sum) {
@@ -289,7 +297,7 @@ struct Kernel<bf16> {
                                __mmask16(units(dim - d) >= 16 ? 0xffff : (1 << units(dim - d)) - 1),
                                load32(row + d, dim - d));
   }
-  static void pack_k(float* to, const bf16* const* rows, int n, int dim) {
+  static void pack_k(float* to, const bf16* const* rows, int n, int dim, const bf16* const* next) {
     const int total = units(dim);
     for (int i = 0; i < n; i += VF)
       for (int u = 0; u < total; u += VF) {
@@ -299,10 +307,11 @@ struct Kernel<bf16> {
           t[j].v = i + j >= n ? _mm512_setzero_ps()
                               : _mm512_castsi512_ps(load32(rows[i + j] + 2 * u, dim - 2 * u));
         transpose(t);
+        for (int j = 0; j < VF; ++j) prefetch(next[i + j] + 2 * u);
         for (int j = 0; j < w; ++j) vstore(to + int64_t(u + j) * kBlock + i, t[j]);
       }
   }
-  static int pack_v(float* to, const bf16* const* rows, int n, int dim, int dp) {
+  static int pack_v(float* to, const bf16* const* rows, int n, int dim, int dp, const bf16* const* next) {
     alignas(64) static const uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                   37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                   11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -312,6 +321,8 @@ struct Kernel<bf16> {
         const __m512i a = load32(rows[i] + d, dim - d);
         const __m512i b = i + 1 < n ? load32(rows[i + 1] + d, dim - d) : _mm512_setzero_si512();
         float* at = to + int64_t(i / 2) * dp + d;
+        prefetch(next[i] + d);
+        prefetch(next[i + 1] + d);
         _mm512_storeu_si512(at, _mm512_permutex2var_epi16(a, low, b));
         if (d + VF < dp) _mm512_storeu_si512(at + VF, _mm512_permutex2var_epi16(a, high, b));
       }
