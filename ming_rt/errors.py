@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value somebody gave, for an error message: one short line without addresses, whatever it is.
+
+    Numbers and texts are written out; anything else is named by its type, for its own repr may be endless,
+    nested beyond the recursion limit, or fail.
+    """
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        text = repr(value[: most + 1])
+    elif value is None or isinstance(value, numbers.Number):
+        text = repr(value)
+    else:
+        text = type(value).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 class MingError(Exception):

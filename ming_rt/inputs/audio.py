@@ -11,15 +11,16 @@ import numpy as np
 import soundfile
 import torch
 
-from ming_rt.errors import ConfigError, InvalidMediaError
+from ming_rt.errors import ConfigError, InvalidMediaError, shown
 from ming_rt.inputs.limits import DEFAULT_LIMITS, Limits
-from ming_rt.inputs.source import check_options, resolve
+from ming_rt.inputs.source import as_numpy, check_options, resolve
 from ming_rt.ops import spectral as ops
 
 SAMPLE_RATE = ops.SAMPLE_RATE
 MIN_RATE, MAX_RATE = 1000, 384000
 _BLOCK = 1 << 20  # samples of all channels decoded at a time
 _MAX_CMVN_BYTES = 1 << 20
+_MAX_CHUNKS = 1000  # of a WAV file before its samples
 _STREAMED_WAV = 0x7FFF0000  # data lengths from here on are placeholders of writers that could not seek
 
 
@@ -54,7 +55,8 @@ def load_audio(
         if len(obj) != 2 or not isinstance(obj[0], (np.ndarray, torch.Tensor)):
             raise InvalidMediaError("audio: expected a pair (array, sample rate), a path, bytes or an array")
         obj, sample_rate = obj
-    if isinstance(obj, (np.ndarray, torch.Tensor)):
+    obj = as_numpy(obj, "audio")
+    if isinstance(obj, np.ndarray):
         rate = _check_rate(SAMPLE_RATE if sample_rate is None else sample_rate)
         wave = _from_array(obj, rate, limits)
     else:
@@ -81,7 +83,7 @@ def _check_rate(rate: object) -> int:
         or rate != int(rate)
     ):
         raise InvalidMediaError(
-            f"audio: found sample rate {rate!r}, expected a whole number from {MIN_RATE} to {MAX_RATE}"
+            f"audio: found sample rate {shown(rate)}, expected a whole number from {MIN_RATE} to {MAX_RATE}"
         )
     return int(rate)
 
@@ -90,7 +92,7 @@ def _too_long(limits: Limits) -> InvalidMediaError:
     return InvalidMediaError(f"audio: expected at most {limits.max_audio_seconds:g} s")
 
 
-def _from_array(array: np.ndarray | torch.Tensor, rate: int, limits: Limits) -> np.ndarray:
+def _from_array(array: np.ndarray, rate: int, limits: Limits) -> np.ndarray:
     if array.ndim < 1 or 0 in array.shape:
         raise InvalidMediaError(
             f"audio: found shape {list(array.shape)}, expected [samples] or [channels, samples]"
@@ -99,22 +101,31 @@ def _from_array(array: np.ndarray | torch.Tensor, rate: int, limits: Limits) -> 
         array = array[0]
     if len(array) > limits.max_audio_seconds * rate:
         raise _too_long(limits)
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
     if array.dtype.kind == "f":
-        return np.ascontiguousarray(array, np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            return np.ascontiguousarray(array, np.float32)
     if array.dtype.kind != "i":
         raise InvalidMediaError(f"audio: found {array.dtype} samples, expected floats or signed integers")
     return array.astype(np.float32) / np.float32(2.0 ** (8 * array.dtype.itemsize - 1))
 
 
+class _Bytes(io.BytesIO):
+    """Damaged files make libsndfile seek before the start, from where an exception could not be caught."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return super().seek(max(offset, 0) if whence == io.SEEK_SET else offset, whence)
+
+
 def _decode(source: Path | bytes, limits: Limits) -> tuple[np.ndarray, int]:
     """Channel 0 of a file as float32 and its rate."""
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
+    try:
+        opened = _Bytes(source) if isinstance(source, bytes) else source.open("rb")
+    except OSError as error:
+        raise InvalidMediaError(f"audio: the file cannot be read ({error.strerror})") from error
+    with opened as stream:
         _check_riff(stream)
         try:
-            with soundfile.SoundFile(stream) as file:
+            with soundfile.SoundFile(stream if isinstance(source, bytes) else str(source)) as file:
                 rate = _check_rate(file.samplerate)
                 most = int(limits.max_audio_seconds * rate)
                 if 0 < file.frames < 1 << 62 and file.frames > most:
@@ -139,8 +150,10 @@ def _check_riff(stream: io.BufferedIOBase) -> None:
     if head[:4] == b"RIFF" and head[8:] == b"WAVE":
         end = stream.seek(0, io.SEEK_END)
         at = 12
-        while at + 8 <= end:
+        for _ in range(_MAX_CHUNKS):
             stream.seek(at)
+            if at + 8 > end:
+                break
             chunk = stream.read(8)
             size = int.from_bytes(chunk[4:], "little")
             if chunk[:4] == b"data":

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from ming_rt.config import Generation
-from ming_rt.errors import InvalidRequestError, UnsupportedError
+from ming_rt.errors import InvalidRequestError, UnsupportedError, shown
 
 Segment = tuple[str, bool]  # (text, trusted)
 
@@ -73,7 +75,7 @@ def parse_messages(
         name = message.get("role")
         role = roles.get(name) if isinstance(name, str) else None
         if role is None:
-            raise InvalidRequestError(f"{where}.role: found {name!r:.80}, expected {', '.join(roles)}")
+            raise InvalidRequestError(f"{where}.role: found {shown(name)}, expected {', '.join(roles)}")
         if role == _SYSTEM and number:
             raise InvalidRequestError(f"{where}.role: a system message is possible as the first message only")
         content = message.get("content")
@@ -101,7 +103,7 @@ def _item(generation: Generation, item: object, where: str, trust_special: bool)
         url = item.get(kind)
         if isinstance(url, Mapping):
             if extra := sorted(
-                str(key) for key in url if key != "url" and (key, url[key]) != ("detail", "auto")
+                shown(key) for key in url if key != "url" and (key, url[key]) != ("detail", "auto")
             ):
                 raise InvalidRequestError(f"{where}.{kind}: found {', '.join(extra)}, expected url only")
             url = url.get("url")
@@ -120,7 +122,7 @@ def _item(generation: Generation, item: object, where: str, trust_special: bool)
         if kind == "audio" and isinstance(item["audio"], list):
             raise UnsupportedError(f"{where}.audio: found a list, expected one audio item per recording")
     elif not trust_special:
-        raise InvalidRequestError(f"{where}.type: found {kind!r:.80}, expected text, image, video or audio")
+        raise InvalidRequestError(f"{where}.type: found {shown(kind)}, expected text, image, video or audio")
     return item
 
 
@@ -272,13 +274,8 @@ def _count(items: Iterable[object], text: str) -> int:
 
 def _merge(segments: Iterable[Segment]) -> list[Segment]:
     """Joins neighbours of equal trust, drops empty ones."""
-    merged: list[Segment] = []
-    for text, trusted in segments:
-        if merged and merged[-1][1] == trusted:
-            merged[-1] = (merged[-1][0] + text, trusted)
-        elif text:
-            merged.append((text, trusted))
-    return merged
+    given = (segment for segment in segments if segment[0])
+    return [("".join(text for text, _ in group), trust) for trust, group in groupby(given, itemgetter(1))]
 
 
 def expand_segments(

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from ming_rt.config import PreprocessorConfig
 from ming_rt.errors import InvalidMediaError
 from ming_rt.inputs.limits import DEFAULT_LIMITS, Limits
-from ming_rt.inputs.source import check_options, integer, number, resolve
+from ming_rt.inputs.source import as_numpy, check_options, integer, number, resolve
 from ming_rt.ops import image as ops
 
 FACTOR = 28  # pixels of one language-model token along each axis
@@ -125,8 +125,7 @@ def image_size(obj: object, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
 
 def _opened(obj: object, limits: Limits) -> np.ndarray | Image.Image:
     """The picture behind ``obj``, checked against the limits, not yet decoded."""
-    if isinstance(obj, torch.Tensor):
-        obj = obj.detach().cpu().numpy()
+    obj = as_numpy(obj, "image")
     if isinstance(obj, np.ndarray):
         channels = obj.shape[2] if obj.ndim == 3 else 1
         if obj.dtype != np.uint8 or obj.ndim not in (2, 3) or channels not in (1, 3, 4):

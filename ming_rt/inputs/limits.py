@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass, fields
+
+from ming_rt.errors import InvalidRequestError, shown
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds of one request; every value is a positive number.
+    """Upper bounds of one request; every value is a positive number (``InvalidRequestError`` names others).
 
     The defaults admit everything the models can use and stop decompression bombs: an image, audio or video
     file is measured from its header before its pixels or samples are decoded.
@@ -25,8 +29,9 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-                raise ValueError(f"Limits.{field.name} must be a positive number, got {value!r}")
+            good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not good or not 0 < value < math.inf:
+                raise InvalidRequestError(f"{field.name}: expected a positive number, got {shown(value)}")
 
 
 DEFAULT_LIMITS = Limits()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
+import numbers
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ming_rt.errors import InvalidMediaError, InvalidRequestError, UnsupportedError
+import torch
+
+from ming_rt.errors import InvalidMediaError, InvalidRequestError, UnsupportedError, shown
 from ming_rt.inputs.limits import Limits
 
 _SHOWN = 120  # characters of a path in a message
+_LARGEST = 1 << 40  # of a number in the options of a medium
 
 
 def resolve(obj: object, kind: str, limits: Limits) -> Path | bytes | None:
@@ -61,27 +64,47 @@ def _data_url(url: str, kind: str, limits: Limits) -> bytes:
         raise InvalidMediaError(f"{kind}: the data URL is not valid base64") from error
 
 
+def as_numpy(obj: object, kind: str) -> object:
+    """A torch tensor as numpy array (bfloat16 as float32); anything else as it is.
+
+    Raises InvalidMediaError for a tensor without plain data (sparse, meta, quantised).
+    """
+    if not isinstance(obj, torch.Tensor):
+        return obj
+    try:
+        return (obj.float() if obj.dtype == torch.bfloat16 else obj).detach().cpu().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise InvalidMediaError(
+            f"{kind}: found a {obj.dtype} tensor on {obj.device} ({obj.layout}), expected dense data"
+        ) from error
+
+
 def check_options(options: Mapping[str, Any], known: Collection[str], kind: str) -> None:
     """Refuses option names that nothing would read. Raises InvalidRequestError."""
-    if unknown := sorted(map(str, set(options) - set(known))):
+    if unknown := sorted(
+        key[:60] if isinstance(key, str) else shown(key) for key in set(options) - set(known)
+    ):
         raise InvalidRequestError(
             f"{kind}: unknown option {', '.join(unknown)}; expected {', '.join(sorted(known))}"
         )
 
 
 def number(options: Mapping[str, Any], key: str, default: float | None = None) -> float | None:
-    """The positive finite number under ``key``, or the default. Raises InvalidRequestError."""
+    """The positive number under ``key``, at most 2^40, or the default. Raises InvalidRequestError."""
     value = options.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InvalidRequestError(f"{key}: found {value!r}, expected a positive number")
-    return value
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not good or not 0 < value <= _LARGEST:
+        raise InvalidRequestError(
+            f"{key}: found {shown(value)}, expected a positive number of at most {_LARGEST}"
+        )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def integer(options: Mapping[str, Any], key: str, default: int | None = None) -> int | None:
     """The positive whole number under ``key``, or the default. Raises InvalidRequestError."""
     value = number(options, key, default)
-    if value is not None and (value != int(value) or value > 1 << 40):
-        raise InvalidRequestError(f"{key}: found {value!r}, expected a whole number")
+    if value is not None and value != int(value):
+        raise InvalidRequestError(f"{key}: found {shown(value)}, expected a whole number")
     return None if value is None else int(value)

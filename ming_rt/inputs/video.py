@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import numbers
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ming_rt.config import Generation, PreprocessorConfig
-from ming_rt.errors import InvalidMediaError, InvalidRequestError, UnsupportedError
+from ming_rt.errors import InvalidMediaError, InvalidRequestError, UnsupportedError, shown
 from ming_rt.inputs import image
 from ming_rt.inputs.limits import DEFAULT_LIMITS, Limits
-from ming_rt.inputs.source import check_options, integer, number, resolve
+from ming_rt.inputs.source import as_numpy, check_options, integer, number, resolve
 from ming_rt.ops import image as ops
 
 Reader = Literal["decord", "torchvision"]  # the original's two decoders, which count frames differently
@@ -72,7 +73,7 @@ def frame_count(total: int, options: Mapping[str, Any]) -> int:
         high = 2 * math.floor(number(options, "max_frames", min(MAX_FRAMES, total)) / 2)
         n = max(min(total, high), low) // 2 * 2
     if not 2 <= n <= total:
-        raise InvalidMediaError(f"video: found {total} usable frames, expected at least {max(n, 2)}")
+        raise InvalidMediaError(f"video: {n} frames asked for, expected 2 to {total}, the usable frames")
     return n
 
 
@@ -122,7 +123,7 @@ def pick_frames(kind: str, total: int, n: int, rng: random.Random | None = None)
             )
         return _uniform(total, n)
     if kind != "random":
-        raise InvalidRequestError(f"sample: found {kind!r}, expected one of {', '.join(SAMPLES)}")
+        raise InvalidRequestError(f"sample: found {shown(kind)}, expected one of {', '.join(SAMPLES)}")
     edges = _uniform_edges(total, n)
     if (edges[1:] <= edges[:-1]).any():
         raise InvalidMediaError(f"video: found {total} frames, expected at least {n} to choose from")
@@ -215,12 +216,10 @@ def fetch_video(
     """
     options = options or {}
     check_options(options, OPTIONS | {"max_video_fps"} if generation == "flash" else OPTIONS, "video")
-    if isinstance(obj, torch.Tensor):
-        obj = obj.detach().cpu().numpy()
-    if isinstance(obj, tuple) and len(obj) == 2 and isinstance(obj[1], (int, float)):
-        frames, fps = obj
-        if isinstance(frames, torch.Tensor):
-            frames = frames.detach().cpu().numpy()
+    _check_values(options)
+    obj = as_numpy(obj, "video")
+    if isinstance(obj, tuple) and len(obj) == 2 and isinstance(obj[1], numbers.Real):
+        frames, fps = as_numpy(obj[0], "video"), obj[1]
         return _fetch_decoded(frames, fps, generation, options, limits, reader, rng)
     if isinstance(obj, (list, tuple, np.ndarray)):
         return _fetch_list(obj, generation, options, limits, rng)
@@ -233,6 +232,18 @@ def fetch_video(
         names = sorted(p for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
         return _fetch_list(names, generation, options, limits, rng)
     return _fetch_file(source, generation, options, limits, reader, rng)
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    """Every option is checked, also those that the kind of input does not use."""
+    for key, value in options.items():
+        if key == "sample":
+            if not isinstance(value, str) or value not in SAMPLES:
+                raise InvalidRequestError(
+                    f"sample: found {shown(value)}, expected one of {', '.join(SAMPLES)}"
+                )
+        elif key != "video_start" or not (isinstance(value, (int, float)) and value == 0):
+            number(options, key)
 
 
 def preprocess_video(
@@ -325,12 +336,14 @@ def _choose(
 
 def _check_rate(fps: float, total: int, limits: Limits) -> None:
     if not 0 < fps <= _MAX_FPS:
-        raise InvalidMediaError(f"video: found {fps:g} frames per second, expected more than 0, at most 1000")
+        raise InvalidMediaError(
+            f"video: found {shown(fps)} frames per second, expected more than 0, at most {_MAX_FPS:g}"
+        )
     if total == 0:
         raise InvalidMediaError("video: found no frames")
     if total / fps > limits.max_video_seconds:
         raise InvalidMediaError(
-            f"video: found {total / fps:.1f} s, expected at most {limits.max_video_seconds:g} s"
+            f"video: found {total / fps:.6g} s, expected at most {limits.max_video_seconds:g} s"
         )
 
 
@@ -346,6 +359,7 @@ def _fetch_decoded(
     _check_frames_array(frames)
     image.check_pixels(*frames.shape[1:3], limits)
     _check_rate(fps, len(frames), limits)
+    fps = float(fps)
     times = np.arange(len(frames)) / fps
     indices, sample_fps = _choose(times, fps, generation, options, limits, reader, rng)
     size = clip_size(generation, *frames.shape[1:3], len(indices), options, limits)
@@ -368,7 +382,7 @@ def _opened(source: Path | bytes) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; every failure inside becomes an InvalidMediaError."""
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source.resolve())
-        with av.open(file, options=dict(_CONTAINERS)) as container:
+        with av.open(file, options=dict(_CONTAINERS), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InvalidMediaError("video: the file has no video stream")
             stream = container.streams.video[0]
@@ -469,14 +483,14 @@ def _fetch_list(
             f"video: found {len(indices)} frames, expected at most {limits.max_video_frames}"
         )
     one = {key: options[key] for key in image.OPTIONS & options.keys()}
-    pictures = {
-        i: torch.from_numpy(image.fetch_image(frames[i], one, limits)) for i in dict.fromkeys(indices)
-    }
-    height, width = pictures[indices[0]].shape[:2]
-    _check_clip(height, width, len(indices), limits)
+    size = image.fetch_target(*image.image_size(frames[indices[0]], limits), one, limits)
+    _check_clip(*size, len(indices), limits)
     # As in the original, the first frame decides the size of all.
-    stacked = torch.stack([ops.resize_u8(pictures[i], height, width) for i in indices])
-    return Clip(stacked, np.array(indices, np.int64), None)
+    pictures = {
+        i: ops.resize_u8(torch.from_numpy(image.fetch_image(frames[i], one, limits)), *size)
+        for i in dict.fromkeys(indices)
+    }
+    return Clip(torch.stack([pictures[i] for i in indices]), np.array(indices, np.int64), None)
 
 
 def _list_indices(total: int, generation: Generation, most: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from ming_rt.errors import (
     EngineClosedError,
     InvalidRequestError,
     UnsupportedError,
+    shown,
 )
 from ming_rt.inputs.chat_template import asr_prompt
 from ming_rt.inputs.limits import DEFAULT_LIMITS, Limits
@@ -39,6 +41,7 @@ Context = str | Sequence[str] | Mapping[str, Any]
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PAGE_SIZE = 32
+MAX_THREADS = 1024  # of the kernels' thread pool
 KV_SHARE = 0.25  # of the free memory
 KV_LEAST = 64 << 20  # where hardly anything is free; pages take memory only when they are used
 KV_SEQUENCES = 4  # of full length that the cache should hold, if that is less
@@ -121,9 +124,15 @@ class Session:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         compute = _check_build(device, dtype, tp, quant)
-        for name, value in (("kv_bytes", kv_bytes), ("max_model_len", max_model_len), ("threads", threads)):
-            if value is not None and (type(value) is not int or not 1 <= value < 1 << 48):
-                raise InvalidRequestError(f"{name}: expected a positive integer or None, got {value!r:.60}")
+        given = {"kv_bytes": kv_bytes, "max_model_len": max_model_len, "threads": threads}
+        for name, value in given.items():
+            most = MAX_THREADS if name == "threads" else 1 << 48
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise InvalidRequestError(
+                    f"{name}: expected a positive integer of at most {most}, or None, got {shown(value)}"
+                )
+        if not isinstance(limits, Limits):
+            raise InvalidRequestError(f"limits: expected Limits, got {shown(limits)}")
         directory = _resolve(path)
         config = OmniConfig.from_dir(directory)
         thinker = config.thinker
@@ -201,6 +210,7 @@ class Session:
             InvalidRequestError: an option or message is wrong; InvalidMediaError: a medium cannot be read.
             CapacityError: the prompt is too long.
         """
+        _check_stream(stream)
         handle = self._submit(*self._prepare(messages, options), return_hidden)
         return handle if stream else handle.result()
 
@@ -216,6 +226,7 @@ class Session:
 
         Cancelling the task that waits cancels the request.
         """
+        _check_stream(stream)
         prepared = await asyncio.to_thread(self._prepare, messages, options)
         handle = self._submit(*prepared, return_hidden)
         return handle if stream else await handle.aresult()
@@ -273,9 +284,9 @@ class Session:
         for name, value in options.items():
             if name not in _SAMPLING and name not in _PROMPT:
                 known = ", ".join((*_SAMPLING, *_PROMPT))
-                raise InvalidRequestError(f"{name!r:.60}: no such option; expected one of {known}")
+                raise InvalidRequestError(f"{shown(name)}: no such option; expected one of {known}")
             if name in _PROMPT and not isinstance(value, _PROMPT[name]):
-                raise InvalidRequestError(f"{name}: found {value!r:.60}, expected {_types(_PROMPT[name])}")
+                raise InvalidRequestError(f"{name}: found {shown(value)}, expected {_types(_PROMPT[name])}")
         params = SamplingParams(**{name: options[name] for name in _SAMPLING if name in options})
         prompt = self._processor(messages, **{name: options[name] for name in _PROMPT if name in options})
         return prompt, params
@@ -291,12 +302,12 @@ class Session:
         for name in options:
             if name not in _SAMPLING:
                 raise InvalidRequestError(
-                    f"{name!r:.60}: no such option; expected one of {', '.join(_SAMPLING)}"
+                    f"{shown(name)}: no such option; expected one of {', '.join(_SAMPLING)}"
                 )
         if language is not None:
             if not isinstance(language, str) or not language.isprintable() or not 1 <= len(language) <= 40:
                 raise InvalidRequestError(
-                    f"language: found {language!r:.60}, expected a name such as 'English'"
+                    f"language: found {shown(language)}, expected a name such as 'English'"
                 )
             if generation != "flash":
                 raise UnsupportedError(
@@ -319,19 +330,24 @@ class Session:
 
 
 def _check_build(device: str, dtype: str, tp: int, quant: str | None) -> torch.dtype:
-    if device not in ("auto", "cpu"):
+    if not isinstance(device, str) or device not in ("auto", "cpu"):
         raise UnsupportedError(
-            f"device: found {device!r:.60}, expected 'auto' or 'cpu' (cuda kernels are not built)"
+            f"device: found {shown(device)}, expected 'auto' or 'cpu' (cuda kernels are not built)"
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InvalidRequestError(f"dtype: found {dtype!r:.60}, expected {', '.join(DTYPES)}")
+        raise InvalidRequestError(f"dtype: found {shown(dtype)}, expected {', '.join(DTYPES)}")
     if type(tp) is not int or tp != 1:
-        raise UnsupportedError(f"tp: found {tp!r:.60}, expected 1 (one process is all a CPU session uses)")
+        raise UnsupportedError(f"tp: found {shown(tp)}, expected 1 (one process is all a CPU session uses)")
     if quant is not None:
         raise UnsupportedError(
-            f"quant: found {quant!r:.60}, expected None (weights run as float32 or bfloat16)"
+            f"quant: found {shown(quant)}, expected None (weights run as float32 or bfloat16)"
         )
     return DTYPES[dtype]
+
+
+def _check_stream(stream: bool) -> None:
+    if not isinstance(stream, bool):
+        raise InvalidRequestError(f"stream: expected true or false, got {shown(stream)}")
 
 
 def _resolve(path: str | Path) -> Path:
@@ -339,17 +355,17 @@ def _resolve(path: str | Path) -> Path:
     if not isinstance(path, (str, Path)):
         raise InvalidRequestError(f"path: expected a directory, got {type(path).__name__}")
     name, _, generation = str(path).partition(":")
-    if name == "demo" and not Path(path).exists():
+    if name == "demo" and not os.path.exists(path):
         from ming_rt.demo import default_checkpoint
 
         generation = generation or "v1.5"
         if generation not in GENERATIONS:
             raise ConfigError(f"{path}: expected demo:GENERATION with one of {', '.join(GENERATIONS)}")
         return default_checkpoint(generation)
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
+    directory = os.path.expanduser(path)
+    if not os.path.isdir(directory):  # unlike Path.is_dir, False for any name
         raise ConfigError(f"{path}: no such directory; expected a checkpoint directory or demo[:GENERATION]")
-    return directory
+    return Path(directory)
 
 
 def _asr_context(context: Context | None) -> tuple[str | None, tuple[str, ...]]:
@@ -361,7 +377,7 @@ def _asr_context(context: Context | None) -> tuple[str | None, tuple[str, ...]]:
     elif isinstance(context, Mapping):
         if not context.keys() <= {"topic", "phrases"}:
             raise InvalidRequestError(
-                f"context: found keys {sorted(context)!r:.60}, expected topic and phrases"
+                f"context: found keys {', '.join(map(shown, context)):.60}, expected topic and phrases"
             )
         topic, phrases = context.get("topic"), context.get("phrases", ())
     elif context is not None:
@@ -370,7 +386,7 @@ def _asr_context(context: Context | None) -> tuple[str | None, tuple[str, ...]]:
     good = good and isinstance(phrases, Sequence) and not isinstance(phrases, (str, bytes))
     if not good or not all(isinstance(phrase, str) for phrase in phrases):
         raise InvalidRequestError(
-            f"context: found {context!r:.60}, expected a topic, a list of words, or both"
+            f"context: found {shown(context)}, expected a topic, a list of words, or both"
         )
     return topic, tuple(phrases)
 

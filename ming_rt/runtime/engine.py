@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ming_rt.errors import InvalidRequestError, shown
 from ming_rt.runtime.handle import Handle, Outbox
 from ming_rt.runtime.request import Request, SamplingParams
 from ming_rt.runtime.worker import EngineOptions, EngineStats, Worker
@@ -68,6 +69,8 @@ class Engine:
             CapacityError: the prompt can never fit.
             EngineClosedError: the engine is closed.
         """
+        if not isinstance(return_hidden, bool):
+            raise InvalidRequestError(f"return_hidden: expected true or false, got {shown(return_hidden)}")
         params = params or SamplingParams()
         worker = self._worker
         worker.validate(prompt, params)

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from ming_rt.errors import EngineError
+from ming_rt.errors import CapacityError, EngineError
 
 
 class KVCache:
     """Keys and values of all layers: ``k[l]`` and ``v[l]`` are ``[pages, kv_heads, page_size, head_dim]``.
 
     Memory is reserved, not touched: the operating system commits a page when it is first written.
+    Raises ``CapacityError`` where it cannot even be reserved.
     """
 
     def __init__(
@@ -35,8 +36,12 @@ class KVCache:
     ) -> None:
         shape = (pages, num_kv_heads, page_size, head_dim)
         self.page_size = page_size
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        try:
+            self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+            self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        except RuntimeError as error:
+            size = pages * page_size * self.bytes_per_token(layers, num_kv_heads, head_dim, dtype)
+            raise CapacityError(f"the KV cache of {size} bytes does not fit into the memory") from error
 
     @staticmethod
     def bytes_per_token(layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ming_rt.errors import InvalidRequestError
+from ming_rt.errors import InvalidRequestError, shown
 from ming_rt.pipelines.events import Hidden
 from ming_rt.runtime.kv_cache import chain_key
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ming_rt.inputs.processor import Prompt
     from ming_rt.models.fusion import MediaEmbeds
 
+MIN_TOP_P = 1e-6
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
@@ -28,24 +29,15 @@ MAX_NEW_TOKENS = 1 << 20
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
-        raise InvalidRequestError(f"{name}: expected an integer from {low} to {high}, got {_show(value)}")
+        raise InvalidRequestError(f"{name}: expected an integer from {low} to {high}, got {shown(value)}")
     return int(value)
 
 
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+def _number(name: str, value: Any, low: float, high: float) -> float:
     good = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not good or not low <= value <= high or (open_low and value == low):  # NaN fails the comparison
-        bound = f"above {low:g} and at most" if open_low else f"from {low:g} to"
-        raise InvalidRequestError(f"{name}: expected a number {bound} {high:g}, got {_show(value)}")
+    if not good or not low <= value <= high:  # NaN fails the comparison
+        raise InvalidRequestError(f"{name}: expected a number from {low:g} to {high:g}, got {shown(value)}")
     return float(value)
-
-
-def _show(value: Any) -> str:
-    # repr of a huge int or nested list may be enormous or fail; a message needs only its beginning.
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True)
@@ -61,9 +53,12 @@ class SamplingParams:
     top_k: int = 0
     """Keep the k most likely tokens; 0 = all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this (0 < top_p <= 1)."""
+    """Keep the smallest set of tokens whose probability reaches this (1e-6 to 1)."""
     repetition_penalty: float = 1.0
-    """Scores of tokens already seen in prompt or answer are divided (positive) or multiplied (negative)."""
+    """Scores of tokens already seen in prompt or answer are divided by it, or multiplied where negative.
+
+    0.01 to 100; 1 = off.
+    """
     no_repeat_ngram_size: int = 0
     """Forbid completing an n-gram that prompt + answer already contain; 0 = off."""
     seed: int | None = None
@@ -81,8 +76,8 @@ class SamplingParams:
 
         put("temperature", _number("temperature", self.temperature, 0.0, 100.0))
         put("top_k", _integer("top_k", self.top_k, 0, (1 << 31) - 1))
-        put("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
-        penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        put("top_p", _number("top_p", self.top_p, MIN_TOP_P, 1.0))
+        penalty = _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         put("repetition_penalty", penalty)
         put("no_repeat_ngram_size", _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 1 << 20))
         if self.seed is not None:
@@ -98,13 +93,13 @@ class SamplingParams:
             return ()
         stops = (stop,) if isinstance(stop, str) else stop
         if not isinstance(stops, (tuple, list)):
-            raise InvalidRequestError(f"stop: expected a string or a list of strings, got {_show(stop)}")
+            raise InvalidRequestError(f"stop: expected a string or a list of strings, got {shown(stop)}")
         if len(stops) > MAX_STOP_STRINGS:
             raise InvalidRequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, got {len(stops)}")
         for text in stops:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise InvalidRequestError(
-                    f"stop: expected strings of 1 to {MAX_STOP_CHARS} characters, got {_show(text)}"
+                    f"stop: expected strings of 1 to {MAX_STOP_CHARS} characters, got {shown(text)}"
                 )
         return tuple(stops)
 

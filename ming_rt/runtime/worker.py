@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ming_rt.errors import CapacityError, EngineClosedError, EngineError, InvalidRequestError, MingError
+from ming_rt.errors import (
+    CapacityError,
+    EngineClosedError,
+    EngineError,
+    InvalidRequestError,
+    MingError,
+    shown,
+)
 from ming_rt.pipelines.events import Done, FinishReason, Hidden, Timings, Usage
 from ming_rt.runtime.batch import Batch
 from ming_rt.runtime.handle import Outbox
@@ -44,7 +51,9 @@ class EngineOptions:
         for name, value in vars(self).items():
             low = 0 if name == "media_cache_bytes" else 1
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 48:
-                raise InvalidRequestError(f"{name}: expected an integer of at least {low}, got {value!r}")
+                raise InvalidRequestError(
+                    f"{name}: expected an integer of at least {low}, got {shown(value)}"
+                )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidRequestError(
                 f"max_num_batched_tokens: expected at least max_num_seqs = {self.max_num_seqs}, "
