@@ -225,6 +225,25 @@ def test_time_windows(window, indices):
         assert video.fetch_video(source, "v1.5", {"min_pixels": 3136, **window}).indices.tolist() == indices
 
 
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg"])
+def test_frames_cut_off_by_an_edit_list_do_not_count(codec):
+    frames, out = clip(), io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=10, options={"qscale": "2"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        packets = []
+        for frame in frames:
+            packets += stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))
+        for packet in packets + stream.encode():
+            cut = round(0.6 / packet.time_base)
+            packet.pts, packet.dts = packet.pts - cut, packet.dts - cut
+            container.mux(packet)
+    taken = video.fetch_video(out.getvalue(), "v1.5", {"min_pixels": 3136})
+    assert taken.indices.tolist() == list(range(14))
+    assert which(taken.frames, frames) == list(range(6, 20))
+
+
 def test_an_empty_time_window():
     with pytest.raises(InvalidMediaError, match=r"no frames between 7 and 8 s|usable frames"):
         video.fetch_video(encoded(clip()), "v1.5", {"video_start": 7.0, "video_end": 8.0})
@@ -367,7 +386,7 @@ def test_damaged_files_end_in_frames_or_an_error(generation, share):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (Limits(max_video_seconds=1.0), "2.0 s, expected at most 1 s"),
+        (Limits(max_video_seconds=1.0), r"found 2(\.0)? s, expected at most 1 s"),
         (Limits(max_video_frames=10), "20 frames asked for, expected at most 10"),
         (Limits(max_image_pixels=5000), "pixels, expected at most 5000"),
     ],
