@@ -75,6 +75,8 @@ class TensorInfo:
 class Checkpoint:
     """Validated view of ``model.safetensors`` or of an index and its shards; reads no tensor data by itself.
 
+    Where both exist the single file wins, as in the library that upstream loads with.
+
     Args:
         directory: the checkpoint directory.
         prefixes: only shards holding a tensor under one of these are opened; ``("",)`` opens all.

@@ -197,6 +197,13 @@ def test_shards_of_other_parts_are_not_opened(tmp_path):
     assert len(Checkpoint(tmp_path, prefixes=("",)).problems) == 1
 
 
+def test_single_file_wins_over_an_index(tmp_path):
+    save_file({"model.a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    write_index(tmp_path, {"model.b": "gone.safetensors"})
+    checkpoint = Checkpoint(tmp_path)
+    assert (list(checkpoint.tensors), checkpoint.problems) == (["model.a"], [])
+
+
 def test_views(tmp_path):
     tensors = {
         "model.f32": torch.randn(3, 5),
