@@ -147,7 +147,13 @@ struct Worker {
   }
 
   void load_queries(const Sequence<T>& seq) {
-    for (int r = 0; r < seq.rows; ++r) K::pack_row(q + int64_t(r) * units, seq.query(r), p.head_dim);
+    for (int r = 0; r < seq.rows; ++r) {
+      const T* row = seq.query(r);
+      K::pack_row(q + int64_t(r) * units, row, p.head_dim);
+      // The next KV head's queries are likely this thread's next ones.
+      for (int d = 0; d < p.head_dim; d += 64 / int(sizeof(T)))
+        prefetch(row + seq.group * p.q_head_stride + d);
+    }
   }
 
   // Softmax statistics and weighted values of the keys [begin, end) of one span; rows that see none are left
@@ -183,6 +189,8 @@ struct Worker {
           seq.v_rows(next, key + kBlock, size(key + kBlock, end));
         else if (end < seq.keys())
           seq.k_rows(next, end, size(end, seq.keys()));
+        else if (seq.kv_head + 1 < p.num_kv_heads)
+          Sequence<T>(p, seq.t, seq.kv_head + 1).k_rows(next, 0, size(0, seq.keys()));
         depth += K::pack_v(block + int64_t(depth) * dp, rows, size(key, end), p.head_dim, dp, next);
       }
       const int first = seq.first_row(from);
@@ -203,12 +211,19 @@ struct Worker {
   }
 };
 
-// Each tile as a whole: packed keys are shared by all its rows.
+// Each tile as a whole: packed keys are shared by all its rows. The tiles of a long sequence follow one
+// another within a head, because they read the same keys; short sequences take head after head, because those
+// are neighbours in memory.
 template <typename T>
 void run_tiles(const AttentionParams& p, const Tile* tiles, int64_t count, int max_rows) {
-  parallel_for(count * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t heads = p.num_kv_heads;
+  const bool by_head = count > p.batch;
+  const int64_t grain = !by_head && count >= 8 * num_threads() ? heads : 1;
+  parallel_for(count * heads, grain, [&](int64_t begin, int64_t end) {
     Worker<T> worker(p, max_rows);
-    for (int64_t i = begin; i < end; ++i) worker.run(Sequence<T>(p, tiles[i % count], int(i / count)));
+    for (int64_t i = begin; i < end; ++i)
+      worker.run(
+          Sequence<T>(p, tiles[by_head ? i % count : i / heads], int(by_head ? i / count : i % heads)));
   });
 }
 
