@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -164,6 +166,24 @@ def test_a_token_alone_is_the_same(isa, rng, dtype):
                 assert torch.equal(block(part), whole[part])
     finally:
         ops.set_num_threads(before)
+
+
+def test_concurrent_callers(rng):
+    packed, _ = make_experts(rng, 8, 72, 40, torch.bfloat16)
+    routers = make_routers(rng, 1, 8, 72)
+
+    def block(x):
+        ids, weights, _ = ops.moe_route(x, routers, kind="softmax", top_k=3)
+        rows, offsets = ops.moe_permute(ids, 8)
+        h = ops.grouped_gemm_swiglu(x, rows, offsets, 3, packed)
+        return ops.moe_combine(ops.grouped_gemm_down(h, rows, offsets, packed), weights)
+
+    inputs = [torch.randn(20 + 7 * i, 72, generator=rng).bfloat16() for i in range(4)]
+    expected = [block(x) for x in inputs]
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for _ in range(5):
+            for actual, wanted in zip(pool.map(block, inputs), expected, strict=True):
+                assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
