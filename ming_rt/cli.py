@@ -6,7 +6,9 @@ Exit codes: 0 success, 1 an error the user can act on (one line on stderr), 2 wr
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,18 +31,29 @@ CHAT_HELP = """\
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show or read is replaced
+            stream.reconfigure(errors="replace")
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except MingError as error:
-        print(f"ming-rt: {error}", file=sys.stderr)
-        return 1
+        return _fail(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone; nothing more can be said to it.
-        sys.stderr.close()
+        # The reader of our output is gone; what is still buffered must not be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a cache folder that cannot be written
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+
+
+def _fail(problem: object) -> int:
+    print(f"ming-rt: {problem}", file=sys.stderr)
+    return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,9 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     transcribe.add_argument("audio", help="sound file")
     transcribe.add_argument("--language", help="language that is spoken (default: the model decides)")
     transcribe.add_argument("--context", help="topic or words the recording may contain")
+    transcribe.add_argument("--max-tokens", type=int, metavar="N", help="longest transcript (default 512)")
 
     info = _command(commands, "info", run_info, "show what a checkpoint holds and what it needs")
-    info.add_argument("model", help="checkpoint directory")
+    _add_model(info)
     info.add_argument("--json", action="store_true", help="machine-readable")
 
     demo = _command(commands, "demo", run_demo, "make a tiny random model and let it see, hear and answer")
@@ -95,8 +109,12 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint directory, or demo[:GENERATION] for the random demo model")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype"
@@ -108,14 +126,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: greedy)")
-    group.add_argument("--temperature", type=float, metavar="T")
-    group.add_argument("--top-k", type=int, metavar="K")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, metavar="R")
-    group.add_argument("--no-repeat-ngram-size", type=int, metavar="N")
-    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 = greedy; higher is more random")
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among tokens of total probability P")
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids earlier words")
+    group.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="never repeat N tokens in a row")
+    group.add_argument("--seed", type=int, metavar="N", help="makes random answers repeatable")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT")
-    group.add_argument("--max-tokens", type=int, metavar="N")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default 512)")
 
 
 SAMPLING = (
@@ -131,8 +149,23 @@ SAMPLING = (
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(arguments, name) for name in SAMPLING}
-    return {name: value for name, value in given.items() if value is not None}
+    """The sampling options given, checked: a mistake in them should not cost loading a model."""
+    from ming_rt.runtime.request import SamplingParams
+
+    given = {name: getattr(arguments, name, None) for name in SAMPLING}
+    options = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**options)
+    return options
+
+
+def _check_files(parts: list[dict[str, str]]) -> None:
+    """Refuse missing files before the model is loaded."""
+    from ming_rt.inputs.limits import DEFAULT_LIMITS
+    from ming_rt.inputs.source import resolve
+
+    for part in parts:
+        kind = part["type"]
+        resolve(part[kind], kind, DEFAULT_LIMITS)
 
 
 def _load(arguments: argparse.Namespace) -> Session:
@@ -172,12 +205,13 @@ def run_chat(arguments: argparse.Namespace) -> int:
     options = _sampling(arguments)
     if arguments.thinking:
         options["thinking"] = True
-    start = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    start = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
     parts = [
         {"type": kind, kind: path}
         for kind in ("image", "audio", "video")
         for path in getattr(arguments, kind)
     ]
+    _check_files(parts)
     with _load(arguments) as session:
         if arguments.prompt is not None:
             content = [*parts, {"type": "text", "text": arguments.prompt}]
@@ -189,23 +223,28 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 
 def _converse(session: Session, start: list[dict], parts: list[dict], options: dict, stats: bool) -> int:
-    messages = list(start)
-    if sys.stdin.isatty():
+    """Turns until the end of the input; from a pipe, the exit code tells whether one of them failed."""
+    messages, code = list(start), 0
+    terminal = sys.stdin.isatty()
+    if terminal:
         print(CHAT_HELP)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if terminal else "").strip()
         except EOFError:
-            return 0
+            return code
         command, _, rest = line.partition(" ")
         if command in ("/quit", "/exit"):
-            return 0
+            return code
         if command == "/help":
             print(CHAT_HELP)
         elif command == "/reset":
             messages, parts = list(start), []
-        elif command in ("/image", "/audio", "/video") and rest:
-            parts.append({"type": command[1:], command[1:]: rest.strip()})
+        elif command in ("/image", "/audio", "/video"):
+            if rest:
+                parts.append({"type": command[1:], command[1:]: rest.strip()})
+            else:
+                print(f"{command} needs a path", file=sys.stderr)
         elif line.startswith("/"):
             print(f"unknown command {command}; /help lists them", file=sys.stderr)
         elif line:
@@ -214,7 +253,8 @@ def _converse(session: Session, start: list[dict], parts: list[dict], options: d
                 done = _stream(session, [*messages, turn], options)
             except MingError as error:
                 # The conversation goes on as if the turn had not been said.
-                print(f"ming-rt: {error}", file=sys.stderr)
+                code = 0 if terminal else 1
+                _fail(error)
                 continue
             finally:
                 parts = []
@@ -225,8 +265,12 @@ def _converse(session: Session, start: list[dict], parts: list[dict], options: d
 
 def run_transcribe(arguments: argparse.Namespace) -> int:
     """``ming-rt transcribe``: text to stdout, language and timings to stderr on request."""
+    options = _sampling(arguments)
+    _check_files([{"type": "audio", "audio": arguments.audio}])
     with _load(arguments) as session:
-        result = session.transcribe(arguments.audio, language=arguments.language, context=arguments.context)
+        result = session.transcribe(
+            arguments.audio, language=arguments.language, context=arguments.context, **options
+        )
     print(result.text)
     if arguments.stats:
         print(f"language {result.language or '-'}, {_stats(result)}", file=sys.stderr)
@@ -234,12 +278,13 @@ def run_transcribe(arguments: argparse.Namespace) -> int:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """``ming-rt info``: a checkpoint's parts, sizes and needs, without loading it."""
+    """``ming-rt info``: a checkpoint's parts, sizes and needs, without loading it; 1 if it has problems."""
+    from ming_rt.pipelines.session import model_directory
     from ming_rt.runtime.info import checkpoint_info
 
-    report = checkpoint_info(Path(arguments.model))
+    report = checkpoint_info(model_directory(arguments.model))
     print(json.dumps(report.as_dict(), indent=1) if arguments.json else report.render())
-    return 0
+    return 1 if report.problems else 0
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
@@ -249,6 +294,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     import ming_rt
     from ming_rt import demo
 
+    _sampling(arguments)
     directory = demo.default_checkpoint(arguments.generation)
     media = demo.demo_media(directory.parent / "media")
     print(
@@ -277,13 +323,17 @@ def run_bench(arguments: argparse.Namespace) -> int:
     """``ming-rt bench``: rows to stderr as they come, then table, data and picture into ``--out``."""
     from ming_rt.bench import run
 
-    unknown = set(arguments.parts) - set(run.PARTS)
-    if unknown:
-        print(
-            f"ming-rt bench: unknown part {sorted(unknown)[0]!r}; expected {', '.join(run.PARTS)}",
-            file=sys.stderr,
-        )
+    problem = None
+    if unknown := sorted(set(arguments.parts) - set(run.PARTS)):
+        problem = f"unknown part {unknown[0]!r}; expected {', '.join(run.PARTS)}"
+    elif not 1 <= arguments.threads <= 1024:
+        problem = f"--threads: expected 1 to 1024, got {arguments.threads}"
+    elif not 0 < arguments.seconds <= 3600:
+        problem = f"--seconds: expected above 0 and at most 3600, got {arguments.seconds:g}"
+    if problem:
+        print(f"ming-rt bench: {problem}", file=sys.stderr)
         return 2
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)  # before minutes are spent measuring
     report = run.run(
         tuple(arguments.parts) or run.PARTS, arguments.threads, arguments.only, arguments.seconds
     )
@@ -291,8 +341,11 @@ def run_bench(arguments: argparse.Namespace) -> int:
         print(f"ming-rt bench: no row matches {arguments.only!r}", file=sys.stderr)
         return 1
     print(report.markdown())
-    for path in report.write(Path(arguments.out)):
+    written = report.write(Path(arguments.out))
+    for path in written:
         print(f"wrote {path}", file=sys.stderr)
+    if written[-1].suffix != ".png":
+        print("no picture: matplotlib is not installed (pip install 'ming_rt[bench]')", file=sys.stderr)
     return 0
 
 

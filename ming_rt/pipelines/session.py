@@ -104,7 +104,8 @@ class Session:
     Raises:
         InvalidRequestError, UnsupportedError: an option is wrong or not available in this build.
         ConfigError, TokenizerError, WeightsError: the checkpoint is malformed.
-        CapacityError: ``kv_bytes`` does not hold ``max_model_len`` tokens.
+        CapacityError: the weights or the KV cache do not fit into the memory, or ``kv_bytes`` does not hold
+            ``max_model_len`` tokens.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Session:
                 )
         if not isinstance(limits, Limits):
             raise InvalidRequestError(f"limits: expected Limits, got {shown(limits)}")
-        directory = _resolve(path)
+        directory = model_directory(path)
         config = OmniConfig.from_dir(directory)
         thinker = config.thinker
         tokenizer = Tokenizer.from_dir(directory, thinker.vocab_size)
@@ -350,8 +351,14 @@ def _check_stream(stream: bool) -> None:
         raise InvalidRequestError(f"stream: expected true or false, got {shown(stream)}")
 
 
-def _resolve(path: str | Path) -> Path:
-    """The checkpoint directory meant by ``path``."""
+def model_directory(path: str | Path) -> Path:
+    """The checkpoint directory meant by ``path``, a directory or ``demo[:GENERATION]``.
+
+    Raises:
+        ConfigError: there is no such directory or generation.
+        InvalidRequestError: not a path at all.
+        OSError: the demo checkpoint cannot be written to the cache directory.
+    """
     if not isinstance(path, (str, Path)):
         raise InvalidRequestError(f"path: expected a directory, got {type(path).__name__}")
     name, _, generation = str(path).partition(":")

@@ -18,8 +18,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
-from ming_rt.errors import WeightsError
+from ming_rt.errors import CapacityError, WeightsError
 from ming_rt.runtime.checkpoint import FLOAT_DTYPES, THINKER_PREFIXES, Checkpoint, TensorInfo
+from ming_rt.runtime.memory import available_memory
 
 __all__ = [
     "Checkpoint",
@@ -324,10 +325,13 @@ def load(
 
     Raises:
         WeightsError: names everything missing, unexpected or malformed.
+        CapacityError: the weights do not fit into the free memory.
     """
     plan = PlanSource(checkpoint, dtype, rank, world)
     build(plan)
     plan.check()
+    if plan.nbytes > (free := available_memory()):
+        raise CapacityError(f"the weights need {plan.nbytes} bytes of memory, {free} are free")
     total = sum(checkpoint.tensors[name].nbytes for name in plan.shapes)
     source = CheckpointSource(checkpoint, dtype, progress, rank, world, total_bytes=total)
     model = build(source)
