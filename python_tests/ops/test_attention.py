@@ -159,6 +159,19 @@ def test_large_scores_do_not_overflow(isa, rng, dtype):
     assert_close(ops.attention_varlen(q, k, v, cu), reference(q, k, v, causal=False), "attention_peaked")
 
 
+@pytest.mark.parametrize(("length", "dim", "spread"), [(700, 80, 1.0), (300, 64, 1.0), (64, 128, 4.0)])
+def test_bfloat16_is_as_accurate_as_the_composition(isa, rng, length, dim, spread):
+    q, k, v = torch.randn(3, length, 2, dim, generator=rng)
+    q, k, v = (q * spread).bfloat16(), k.bfloat16(), v.bfloat16()
+    cu = torch.tensor([0, length], dtype=torch.int32)
+    exact = reference(q, k, v, causal=False)
+    ours, composed = (
+        (op(q, k, v, cu).double() - exact).pow(2).mean().sqrt()
+        for op in (ops.attention_varlen, ops.attention_varlen_torch)
+    )
+    assert ours <= 1.05 * composed
+
+
 def test_empty_batch(isa):
     empty = torch.empty(0, 2, 8)
     assert ops.attention_varlen(empty, empty, empty, torch.zeros(1, dtype=torch.int32)).shape == (0, 2, 8)
