@@ -2,11 +2,10 @@
 //
 //   out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h / G]) v[j, h / G],   G = Hq / Hkv
 //
-// attention_varlen: sequence b is rows [cu_q[b], cu_q[b+1]) of q, k and v; every query sees every key of its
-// segment. attention_paged:  sequence b holds kv_lens[b] keys in the pages page_table[b, :]; its queries are
-// its last
-//                   cu_q[b+1] - cu_q[b] tokens and query t sees keys 0..t. Prefill chunk and decode are the
-//                   same op.
+// Varlen: sequence b is rows [cu_q[b], cu_q[b+1]) of q, k and v; every query sees every key of its segment.
+// Paged: sequence b holds kv_lens[b] keys in the pages page_table[b, :]; its queries are its last tokens,
+// rows [cu_q[b], cu_q[b+1]) of q, and the query of token t sees keys 0..t. Prefill chunk and decode are the
+// same op.
 //
 // Scores, softmax and accumulation are fp32; with bfloat16 inputs the AVX-512 form multiplies bfloat16 pairs
 // and rounds the softmax weights to bfloat16 before the product with v. Keys are taken in spans of kSpan at

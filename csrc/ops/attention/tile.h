@@ -1,5 +1,4 @@
-// Inner kernels of attention for one ISA: packing of keys and values, the small matrix product, softmax of a
-// row.
+// Inner kernels of attention: packing of keys and values, the small matrix product, softmax of a row.
 //
 // All operands are arrays of 4-byte units: a float, or (bfloat16 on AVX-512) a pair of bfloat16 that
 // vdpbf16ps multiplies and adds at once. A product is C[m, n] += sum over u of A[m, u] * B[u, n], u in
@@ -16,7 +15,6 @@ constexpr int kBlock = 64;                // keys packed at a time
 constexpr int kSpan = 512;                // keys that share one softmax maximum
 constexpr int kScoreStride = kSpan + 16;  // of the score tile; not a power of two, to spread cache sets
 constexpr int kTileRows = 128;            // query rows (queries x heads of the group) per tile
-constexpr int kMaxNV = MING_ISA_AVX512 ? 5 : 2;  // vectors per register tile
 
 inline int padded(int dim) {
   return (dim + VF - 1) / VF * VF;
