@@ -97,6 +97,8 @@ def parse_messages(
 def _item(generation: Generation, item: object, where: str, trust_special: bool) -> Mapping[str, Any]:
     if not isinstance(item, Mapping) or not isinstance(kind := item.get("type"), str):
         raise InvalidRequestError(f"{where}: expected an item with a type, found {type(item).__name__}")
+    if odd := [key for key in item if not isinstance(key, str)]:
+        raise InvalidRequestError(f"{where}: found the key {shown(odd[0])}, expected names as keys")
     if kind in ("image_url", "video_url", "audio_url"):
         if trust_special and generation != "flash":
             raise UnsupportedError(f"{where}.type: {kind} exists for flash only, expected {kind[:5]}")
