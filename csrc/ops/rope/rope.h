@@ -4,8 +4,8 @@
 //   out[j] = x[j] cos a_j - x[j+F] sin a_j,   out[j+F] = x[j+F] cos a_j + x[j] sin a_j,
 // in fp32 with one rounding; dims >= 2F pass unchanged. cos and sin are fp32 [N, F], dense.
 //
-//   rope_table:   a[n, j] = positions[axis[j], n] * inv_freq[j] (fp32 product); cos and sin, within 2 ulp of
-//                 the exact values at that angle, are both multiplied by `scale`
+//   rope_table:   a[n, j] = positions[axis[j], n] * inv_freq[j] (fp32 product); cos and sin of that
+//                 angle, within 2 ulp of 1, are both multiplied by `scale`
 //   rope_append:  qkv rows hold the heads q (Hq), k (Hkv), v (Hkv). Optional per-head norm of q and k first:
 //                 y = round(round(z / sqrt(mean(z^2) + eps)) * weight). Rotated q goes to `q`, rotated k and
 //                 plain v to page slot / page, offset slot % page of the caches, in the caches' dtype.
