@@ -446,13 +446,13 @@ def test_wild_numbers_of_media(lite, flash, demo_files, kind, name):
             ):
                 match = "sample rate" if kind == "audio" else name
                 checked.refuses(InvalidRequestError, match, medium(kind, value, **{name: refused}))
-    checked.survives(medium(kind, values[kind][0], **{name: 10**6}))
+    checked.survives(medium(kind, values[kind][0], **{name: 2**35}))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"resized_height": 10**6, "resized_width": 10**4},
+        {"resized_height": 10**6, "resized_width": 28},
         {"resized_height": 28, "resized_width": 8400},
         {"resized_height": 1, "resized_width": 1},
         {"min_pixels": 10**9, "max_pixels": 5},
