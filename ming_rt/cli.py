@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 an error the user can act on (one line on stderr), 2 wr
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -26,6 +27,13 @@ CHAT_HELP = """\
 /image PATH   add a picture to the next message     /reset   forget the conversation
 /audio PATH   add sound to the next message         /quit    leave (or Ctrl-D)
 /video PATH   add a video to the next message       /help    this text"""
+
+
+# One line per command and option, names spelled out.
+_STYLE: dict[str, Any] = {
+    "allow_abbrev": False,
+    "formatter_class": functools.partial(argparse.HelpFormatter, max_help_position=32),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +67,7 @@ def _fail(problem: object) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
-        prog="ming-rt", description="Run inclusionAI's Ming omni-modal models.", allow_abbrev=False
+        prog="ming-rt", description="Run inclusionAI's Ming omni-modal models.", **_STYLE
     )
     parser.add_argument("--version", action="version", version=f"ming-rt {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -105,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     description = summary[0].upper() + summary[1:] + "."
-    parser = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
+    parser = commands.add_parser(name, help=summary, description=description, **_STYLE)
     parser.set_defaults(run=run)
     return parser
 
