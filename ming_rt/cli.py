@@ -29,7 +29,7 @@ CHAT_HELP = """\
 /video PATH   add a video to the next message       /help    this text"""
 
 
-# One line per command and option, names spelled out.
+# Names spelled out, most options on one line.
 _STYLE: dict[str, Any] = {
     "allow_abbrev": False,
     "formatter_class": functools.partial(argparse.HelpFormatter, max_help_position=32),
