@@ -49,7 +49,7 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
             bytes=frames.numel() + t * height * width * 3,
         )
     for frames in [pixels(1, 896, 896, 3), pixels(1, 280, 280, 3), pixels(8, 420, 756, 3)]:
-        for x, dtype in [(frames, "u8"), (frames.float(), "f32")]:
+        for x, dtype in [(frames, "u8"), (frames.float(), "fp32")]:
             size = "x".join(map(str, frames.shape[:3]))
             rows = max(2, len(frames)) * frames[0].numel()
             yield Case(

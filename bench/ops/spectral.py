@@ -26,13 +26,13 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
                 lambda: ops.lfr_cmvn_torch(frames, cmvn),  # noqa: B023
             ),
         ]:
-            yield Case(name, f"{seconds}s", "f32", ours, plain, bytes=wave.numel() * 4)
+            yield Case(name, f"{seconds}s", "fp32", ours, plain, bytes=wave.numel() * 4)
         for rate in (8000, 24000, 44100, 48000):
             sound = torch.randn(rate * seconds, generator=generator) * 0.1
             yield Case(
                 "resample",
                 f"{rate}->16000 {seconds}s",
-                "f32",
+                "fp32",
                 lambda: ops.resample(sound, rate),  # noqa: B023
                 lambda: ops.resample_torch(sound, rate),  # noqa: B023
                 bytes=(sound.numel() + wave.numel()) * 4,

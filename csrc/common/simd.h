@@ -54,14 +54,13 @@ static inline vf vload(const bf16* p) {
 static inline void vstore(float* p, vf a) {
   _mm512_storeu_ps(p, a.v);
 }
+// In hardware: rounds to nearest even, subnormal results become zero.
 static inline void vstore(bf16* p, vf a) {
-  // vcvtneps2bf16 flushes subnormals; rounding by hand keeps every ISA bit-identical.
-  __m512i u = _mm512_castps_si512(a.v);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+static inline vf vround_bf16(vf a) {
+  __m256i h = (__m256i)_mm512_cvtneps_pbh(a.v);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
 static inline vf operator+(vf a, vf b) {
   return {_mm512_add_ps(a.v, b.v)};
@@ -123,13 +122,16 @@ static inline vf vload(const bf16* p) {
 static inline void vstore(float* p, vf a) {
   _mm256_storeu_ps(p, a.v);
 }
-static inline void vstore(bf16* p, vf a) {
+static inline vf vround_bf16(vf a) {
   __m256i u = _mm256_castps_si256(a.v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
-  r = _mm256_blendv_epi8(r, quiet, nan);
+  r = _mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
+  return {_mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32(int(0xffff0000))))};
+}
+static inline void vstore(bf16* p, vf a) {
+  __m256i r = _mm256_srli_epi32(_mm256_castps_si256(vround_bf16(a).v), 16);
   __m128i lo = _mm256_castsi256_si128(r), hi = _mm256_extracti128_si256(r, 1);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(lo, hi));
 }
@@ -208,6 +210,9 @@ static inline void vstore(float* p, vf a) {
 static inline void vstore(bf16* p, vf a) {
   for (int i = 0; i < VF; ++i) p[i] = to_bf16(a.v[i]);
 }
+static inline vf vround_bf16(vf a) {
+  MING_LANES(to_float(to_bf16(a.v[i])));
+}
 static inline vf operator+(vf a, vf b) {
   MING_LANES(a.v[i] + b.v[i]);
 }
@@ -276,17 +281,29 @@ static inline vf vsilu(vf x) {
   return x * vsigmoid(x);
 }
 
-// The last n < VF lanes of a row: missing lanes read as `fill` and are not written.
+// a as a value of the storage type T would be read back
 template <typename T>
-static inline vf vload_tail(const T* p, int n, float fill = 0.0f) {
+static inline vf vrounded(vf a) {
+  if constexpr (sizeof(T) == 2)
+    return vround_bf16(a);
+  else
+    return a;
+}
+
+// The first n lanes of a vector that may end a row; with n >= VF all of it. Missing lanes read as `fill` and
+// are not written.
+template <typename T>
+static inline vf vload_n(const T* p, int64_t n, float fill = 0.0f) {
+  if (n >= VF) return vload(p);
   float tmp[VF];
   for (int i = 0; i < VF; ++i) tmp[i] = i < n ? to_float(p[i]) : fill;
   return vload(tmp);
 }
 template <typename T>
-static inline void vstore_tail(T* p, vf a, int n) {
+static inline void vstore_n(T* p, vf a, int64_t n) {
+  if (n >= VF) return vstore(p, a);
   float tmp[VF];
-  vstore(tmp, a);
+  vstore(tmp, vrounded<T>(a));
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(tmp[i]);
 }
 

@@ -107,9 +107,7 @@ void finish(const Sequence<T>& seq, const Partial& total, int dp) {
     const vf norm = vset(1.0f / total.sum[r]);
     const float* x = total.out + int64_t(r) * dp;
     T* y = seq.output(r);
-    int i = 0;
-    for (; i + VF <= dim; i += VF) vstore(y + i, vload(x + i) * norm);
-    if (i < dim) vstore_tail(y + i, vload(x + i) * norm, dim - i);
+    for (int i = 0; i < dim; i += VF) vstore_n(y + i, vload(x + i) * norm, dim - i);
   }
 }
 

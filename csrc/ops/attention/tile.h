@@ -203,7 +203,7 @@ inline void softmax_row(const float* s, int len, int width, float scale, float* 
   for (; i < whole; i += VF) m0 = vmax(m0, vload(s + i));
   float tail[VF];
   if (whole < len) {
-    vstore(tail, vload_tail(s + whole, len - whole, -std::numeric_limits<float>::infinity()));
+    vstore(tail, vload_n(s + whole, len - whole, -std::numeric_limits<float>::infinity()));
     m1 = vmax(m1, vload(tail));
   }
   const float top = vmaxall(vmax(m0, m1)) * scale;
@@ -252,8 +252,7 @@ struct Kernel {
       for (int d = 0; d < dim; d += VF) {
         const int w = dim - d < VF ? dim - d : VF;
         vf t[VF];
-        for (int j = 0; j < VF; ++j)
-          t[j] = i + j >= n ? vzero() : w == VF ? vload(rows[i + j] + d) : vload_tail(rows[i + j] + d, w);
+        for (int j = 0; j < VF; ++j) t[j] = i + j >= n ? vzero() : vload_n(rows[i + j] + d, w);
         transpose(t);
         for (int j = 0; j < VF; ++j) prefetch(next[i + j] + d);
         for (int j = 0; j < w; ++j) vstore(to + int64_t(d + j) * kBlock + i, t[j]);
@@ -264,8 +263,7 @@ struct Kernel {
     for (int i = 0; i < n; ++i)
       for (int d = 0; d < dp; d += VF) {
         prefetch(next[i] + d);
-        vstore(to + int64_t(i) * dp + d,
-               d + VF <= dim ? vload(rows[i] + d) : vload_tail(rows[i] + d, dim - d));
+        vstore(to + int64_t(i) * dp + d, vload_n(rows[i] + d, dim - d));
       }
     return n;
   }

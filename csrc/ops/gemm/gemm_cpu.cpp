@@ -40,11 +40,6 @@ vf activate(Act act, vf v) {
   }
 }
 
-template <typename T>
-vf load_some(const T* p, int n) {
-  return n >= VF ? vload(p) : vload_tail(p, n);
-}
-
 // One row of one panel: columns [begin, begin + columns) of y from its 64 sums.
 template <typename T, typename O>
 void finish_row(const LinearParams& p, int64_t row, int64_t begin, int columns, float* sums) {
@@ -64,13 +59,10 @@ void finish_row(const LinearParams& p, int64_t row, int64_t begin, int columns, 
   for (int c = 0; c < columns; c += VF) {
     const int n = columns - c;
     vf v = vload(sums + c);
-    if (bias) v = v + load_some(bias + begin + c, n);
+    if (bias) v = v + vload_n(bias + begin + c, n);
     v = activate(p.act, v);
-    if (residual) v = rounded<O>(v) + load_some(residual + c, n);
-    if (n >= VF)
-      vstore(y + c, v);
-    else
-      vstore_tail(y + c, v, n);
+    if (residual) v = vrounded<O>(v) + vload_n(residual + c, n);
+    vstore_n(y + c, v, n);
   }
 }
 

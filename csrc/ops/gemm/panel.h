@@ -216,34 +216,19 @@ inline int64_t item_grain(int64_t rows, int64_t k) {
   return 1 + 65536 / (kPanelColumns * (k + 1) * (rows + 1));
 }
 
-template <typename T>
-vf rounded(vf v) {
-  T tmp[VF];
-  vstore(tmp, v);
-  return vload(tmp);
-}
-
 // silu(g) * u of the 64 sums of a gated panel, the first `columns` <= 32 of them
 template <typename T>
 void store_gated(const float* sums, int columns, T* y) {
   constexpr int half = kPanelColumns / 2;
   for (int c = 0; c < columns; c += VF) {
     const vf v = vsilu(vload(sums + c)) * vload(sums + half + c);
-    if (columns - c >= VF)
-      vstore(y + c, v);
-    else
-      vstore_tail(y + c, v, columns - c);
+    vstore_n(y + c, v, columns - c);
   }
 }
 
 template <typename T>
 void store_plain(const float* sums, int columns, T* y) {
-  for (int c = 0; c < columns; c += VF) {
-    if (columns - c >= VF)
-      vstore(y + c, vload(sums + c));
-    else
-      vstore_tail(y + c, vload(sums + c), columns - c);
-  }
+  for (int c = 0; c < columns; c += VF) vstore_n(y + c, vload(sums + c), columns - c);
 }
 
 }  // namespace

@@ -122,12 +122,7 @@ void sort_ids(int32_t* ids, int k) {
 
 template <typename F>
 void map_scores(const float* from, float* to, int n, F&& f) {
-  for (int e = 0; e < n; e += VF) {
-    if (n - e >= VF)
-      vstore(to + e, f(vload(from + e)));
-    else
-      vstore_tail(to + e, f(vload_tail(from + e, n - e)), n - e);
-  }
+  for (int e = 0; e < n; e += VF) vstore_n(to + e, f(vload_n(from + e, n - e)), n - e);
 }
 
 void softmax_scores(const float* logits, float* scores, int n) {
@@ -235,15 +230,11 @@ void combine_row(const MoeCombineParams& p, int64_t token) {
   const float* weights = p.topk_weights + token * p.top_k;
   T* y = static_cast<T*>(p.y) + token * p.hidden;
   for (int64_t i = 0; i < p.hidden; i += VF) {
-    const int n = p.hidden - i < VF ? int(p.hidden - i) : VF;
-    auto load = [&](const T* from) { return n == VF ? vload(from + i) : vload_tail(from + i, n); };
+    auto load = [&](const T* from) { return vload_n(from + i, p.hidden - i); };
     vf sum = vzero();
     for (int j = 0; j < p.top_k; ++j) sum = vfma(vset(weights[j]), load(in + j * p.hidden), sum);
-    if (shared) sum = rounded<T>(sum) + load(shared);
-    if (n == VF)
-      vstore(y + i, sum);
-    else
-      vstore_tail(y + i, sum, n);
+    if (shared) sum = vrounded<T>(sum) + load(shared);
+    vstore_n(y + i, sum, p.hidden - i);
   }
 }
 

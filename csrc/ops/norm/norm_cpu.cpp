@@ -11,7 +11,7 @@ int64_t row_grain(int64_t dim) {
   return 1 + 16384 / (dim + 1);
 }
 
-// sum over the row of f(lane vector), in one fixed order
+// The sum over a row of the vectors at(i, elements left), in one fixed order.
 template <typename F>
 float row_sum(int64_t dim, F&& at) {
   vf a = vzero(), b = vzero();
@@ -20,53 +20,37 @@ float row_sum(int64_t dim, F&& at) {
     a = a + at(i, VF);
     b = b + at(i + VF, VF);
   }
-  for (; i < dim; i += VF) a = a + at(i, dim - i < VF ? int(dim - i) : VF);
+  for (; i < dim; i += VF) a = a + at(i, dim - i);
   return vsum(a + b);
 }
 
 template <typename T>
-vf load_n(const T* p, int n) {
-  return n == VF ? vload(p) : vload_tail(p, n);
-}
-template <typename T>
-void store_n(T* p, vf v, int n) {
-  if (n == VF)
-    vstore(p, v);
-  else
-    vstore_tail(p, v, n);
-}
-
-template <typename T>
-vf rounded(vf v) {
-  T tmp[VF];
-  vstore(tmp, v);
-  return vload(tmp);
-}
-
-template <typename T>
 void rms_norm_row(const RmsNormParams& p, int64_t row) {
-  const T* z = static_cast<const T*>(p.x) + row * p.x_stride;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   const T* weight = static_cast<const T*>(p.weight);
   T* y = static_cast<T*>(p.y) + row * p.y_stride;
+  float squares;
   if (p.residual) {
     const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
     T* sum = static_cast<T*>(p.sum) + row * p.sum_stride;
-    for (int64_t i = 0; i < p.dim; i += VF) {
-      const int n = p.dim - i < VF ? int(p.dim - i) : VF;
-      store_n(sum + i, load_n(z + i, n) + load_n(residual + i, n), n);
-    }
-    z = sum;
+    squares = row_sum(p.dim, [&](int64_t i, int64_t n) {
+      vf v = vrounded<T>(vload_n(x + i, n) + vload_n(residual + i, n));
+      vstore_n(sum + i, v, n);
+      return v * v;
+    });
+    x = sum;
+  } else {
+    squares = row_sum(p.dim, [&](int64_t i, int64_t n) {
+      vf v = vload_n(x + i, n);
+      return v * v;
+    });
   }
-  const float squares = row_sum(p.dim, [&](int64_t i, int n) {
-    vf v = load_n(z + i, n);
-    return v * v;
-  });
   const vf scale = vset(1.0f / std::sqrt(squares / float(p.dim) + p.eps));
   for (int64_t i = 0; i < p.dim; i += VF) {
-    const int n = p.dim - i < VF ? int(p.dim - i) : VF;
-    vf v = load_n(z + i, n) * scale;
-    if (!p.weight_in_fp32) v = rounded<T>(v);
-    store_n(y + i, v * load_n(weight + i, n), n);
+    const int64_t n = p.dim - i;
+    vf v = vload_n(x + i, n) * scale;
+    if (!p.weight_in_fp32) v = vrounded<T>(v);
+    vstore_n(y + i, v * vload_n(weight + i, n), n);
   }
 }
 
@@ -76,18 +60,18 @@ void layer_norm_row(const LayerNormParams& p, int64_t row) {
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
   T* y = static_cast<T*>(p.y) + row * p.y_stride;
-  const float mean = row_sum(p.dim, [&](int64_t i, int n) { return load_n(x + i, n); }) / float(p.dim);
+  const float mean = row_sum(p.dim, [&](int64_t i, int64_t n) { return vload_n(x + i, n); }) / float(p.dim);
   const vf centre = vset(mean);
-  const float squares = row_sum(p.dim, [&](int64_t i, int n) {
+  const float squares = row_sum(p.dim, [&](int64_t i, int64_t n) {
     // Missing tail lanes read as the mean, so that they add nothing.
-    vf d = (n == VF ? vload(x + i) : vload_tail(x + i, n, mean)) - centre;
+    vf d = vload_n(x + i, n, mean) - centre;
     return d * d;
   });
   const vf scale = vset(1.0f / std::sqrt(squares / float(p.dim) + p.eps));
   for (int64_t i = 0; i < p.dim; i += VF) {
-    const int n = p.dim - i < VF ? int(p.dim - i) : VF;
-    vf v = (load_n(x + i, n) - centre) * scale;
-    store_n(y + i, vfma(v, load_n(weight + i, n), load_n(bias + i, n)), n);
+    const int64_t n = p.dim - i;
+    vf v = (vload_n(x + i, n) - centre) * scale;
+    vstore_n(y + i, vfma(v, vload_n(weight + i, n), vload_n(bias + i, n)), n);
   }
 }
 

@@ -41,7 +41,7 @@ void table_row(const RopeTableParams& p, const float* weight, int64_t n) {
     vf at = vload(weight + j) * pos[0];
     at = vfma(vload(weight + f + VF + j), pos[1], at);
     at = vfma(vload(weight + 2 * (f + VF) + j), pos[2], at);
-    const vf angle = at * (w == VF ? vload(p.inv_freq + j) : vload_tail(p.inv_freq + j, w));
+    const vf angle = at * vload_n(p.inv_freq + j, w);
     float* c = p.cos + n * f + j;
     float* s = p.sin + n * f + j;
     // Without a fused multiply-add the range reduction is not exact.
@@ -56,35 +56,11 @@ void table_row(const RopeTableParams& p, const float* weight, int64_t n) {
     }
     vf sine, cosine;
     sincos(angle, &sine, &cosine);
-    sine = sine * vset(p.scale);
-    cosine = cosine * vset(p.scale);
-    if (w == VF) {
-      vstore(s, sine);
-      vstore(c, cosine);
-    } else {
-      vstore_tail(s, sine, w);
-      vstore_tail(c, cosine, w);
-    }
+    vstore_n(s, sine * vset(p.scale), w);
+    vstore_n(c, cosine * vset(p.scale), w);
   }
 }
 
-template <typename T>
-vf load_n(const T* p, int n) {
-  return n == VF ? vload(p) : vload_tail(p, n);
-}
-template <typename T>
-void store_n(T* p, vf v, int n) {
-  if (n == VF)
-    vstore(p, v);
-  else
-    vstore_tail(p, v, n);
-}
-template <typename T>
-vf rounded(vf v) {
-  T tmp[VF];
-  vstore(tmp, v);
-  return vload(tmp);
-}
 int lanes(int64_t left) {
   return left < VF ? int(left) : VF;
 }
@@ -94,13 +70,13 @@ template <typename T>
 void head_norm(const T* x, const T* weight, float eps, int64_t dim, T* y) {
   vf sum = vzero();
   for (int64_t i = 0; i < dim; i += VF) {
-    const vf v = load_n(x + i, lanes(dim - i));
+    const vf v = vload_n(x + i, lanes(dim - i));
     sum = vfma(v, v, sum);
   }
   const vf scale = vset(1.0f / std::sqrt(vsum(sum) / float(dim) + eps));
   for (int64_t i = 0; i < dim; i += VF) {
     const int n = lanes(dim - i);
-    store_n(y + i, rounded<T>(load_n(x + i, n) * scale) * load_n(weight + i, n), n);
+    vstore_n(y + i, vrounded<T>(vload_n(x + i, n) * scale) * vload_n(weight + i, n), n);
   }
 }
 
@@ -109,15 +85,15 @@ template <typename T, typename To>
 void rotate(const T* x, const float* cos, const float* sin, int64_t freqs, int64_t dim, To* y) {
   for (int64_t j = 0; j < freqs; j += VF) {
     const int n = lanes(freqs - j);
-    const vf a = load_n(x + j, n), b = load_n(x + freqs + j, n), c = load_n(cos + j, n),
-             s = load_n(sin + j, n);
-    store_n(y + j, vfnma(b, s, a * c), n);
-    store_n(y + freqs + j, vfma(a, s, b * c), n);
+    const vf a = vload_n(x + j, n), b = vload_n(x + freqs + j, n), c = vload_n(cos + j, n),
+             s = vload_n(sin + j, n);
+    vstore_n(y + j, vfnma(b, s, a * c), n);
+    vstore_n(y + freqs + j, vfma(a, s, b * c), n);
   }
   if (static_cast<const void*>(x) == static_cast<void*>(y)) return;
   for (int64_t i = 2 * freqs; i < dim; i += VF) {
     const int n = lanes(dim - i);
-    store_n(y + i, load_n(x + i, n), n);
+    vstore_n(y + i, vload_n(x + i, n), n);
   }
 }
 
@@ -145,7 +121,7 @@ void append_token(const RopeAppendParams& p, int64_t n, T* normed) {
   for (int64_t h = 0; h < p.kv_heads; ++h, x += d)
     for (int64_t i = 0; i < d; i += VF) {
       const int w = lanes(d - i);
-      store_n(v + h * p.page_size * d + i, load_n(x + i, w), w);
+      vstore_n(v + h * p.page_size * d + i, vload_n(x + i, w), w);
     }
 }
 

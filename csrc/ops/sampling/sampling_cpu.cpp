@@ -34,7 +34,7 @@ float chunk_maxima(const float* v, int64_t n, float* maxima) {
     vf m = vset(-kInf);
     int64_t i = c;
     for (; i + VF <= end; i += VF) m = vmax(m, vload(v + i));
-    if (i < end) m = vmax(m, vload_tail(v + i, int(end - i), -kInf));
+    if (i < end) m = vmax(m, vload_n(v + i, int(end - i), -kInf));
     const float top = vmaxall(m);
     maxima[c / kChunk] = top;
     best = top > best ? top : best;
@@ -52,9 +52,9 @@ double softmax_sum(const float* v, int64_t n, float max, float temperature, floa
     vf sum = vzero();
     for (int64_t i = c; i < end; i += VF) {
       const int w = end - i < VF ? int(end - i) : VF;
-      const vf x = w == VF ? vload(v + i) : vload_tail(v + i, w, -kInf);
+      const vf x = vload_n(v + i, w, -kInf);
       const vf e = vexp((x - shift) / divide);
-      if (weights) w == VF ? vstore(weights + i, e) : vstore_tail(weights + i, e, w);
+      if (weights) vstore_n(weights + i, e, w);
       sum = sum + e;
     }
     const double s = vsum(sum);
