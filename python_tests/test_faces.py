@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import sentencepiece
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ming_rt
 from ming_rt.config import GENERATIONS
@@ -362,6 +366,48 @@ def test_the_generations_differ_in_video_sampling(session, demo_files):
     else:
         with pytest.raises(UnsupportedError, match="no adaptive sampling"):
             session.chat([{"role": "user", "content": [clip]}], max_tokens=2)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_one_file_of_any_dtype(sessions, demo_model, tmp_path, stored):
+    """The demo's bfloat16 weights fit into all three; what nobody uses may be anything."""
+    tensors = {"talker.unused": torch.zeros(3)}
+    for path in demo_model("v1.5").iterdir():
+        if path.suffix == ".safetensors":
+            tensors |= {name: t.to(stored) for name, t in load_file(path).items()}
+        elif "index" not in path.name:
+            shutil.copy(path, tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with ming_rt.load(tmp_path, dtype="float32", kv_bytes=16 << 20) as session:
+        for messages in ([turn("Hello")], [turn(IMAGE, "What?")]):
+            expected = sessions("v1.5").chat(messages, max_tokens=TOKENS).token_ids
+            assert session.chat(messages, max_tokens=TOKENS).token_ids == expected
+
+
+@pytest.mark.parametrize("generation", ["v1.5", "flash"])
+def test_a_sentencepiece_tokenizer(demo_model, tmp_path, generation):
+    """A checkpoint with tokenizer.model alone; tokenizer_config.json tells its special tokens."""
+    shutil.copytree(demo_model(generation), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").unlink()
+    words = ["a sentence with a few words", "and one more sentence of other words"]
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words),
+            model_writer=file,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    with ming_rt.load(tmp_path, kv_bytes=16 << 20) as session:
+        spelled = [turn(IMAGE, "one <image> 你好")]
+        assert ids(session, spelled).count(session._processor.tokenizer.token_id("<image>")) == 1
+        *deltas, done = session.chat(spelled, stream=True, max_tokens=TOKENS)
+        assert "".join(d.text for d in deltas) == done.text
 
 
 # Transcription.

@@ -41,7 +41,7 @@ class Part:
         count = f"{self.tensors:>6} tensors  {_count(self.parameters):>8}" if self.tensors else " " * 24
         line = f"{self.name:<17} {count}  {_size(self.nbytes):>9}  {'/'.join(self.dtypes)}"
         if self.folders:
-            line += f"in {', '.join(f'{folder}/' for folder in self.folders)}"
+            line += f"  in {', '.join(f'{folder}/' for folder in self.folders)}"
         return line.rstrip() + ("" if self.used else "  (not used)")
 
 
