@@ -38,6 +38,7 @@ class Report:
         return f"ming-rt bench --only '{row.op} {row.shape}' --threads {self.environment['threads']}"
 
     def markdown(self) -> str:
+        """Environment, table of all rows, and how to repeat one."""
         c, e = self.ceilings, self.environment
         lines = [
             f"{e['cpu']}, {e['threads']} threads, isa {e['isa']}, torch {e['torch']}, "

@@ -48,6 +48,7 @@ class Row:
 
 
 def quantile(sorted_values: list[float], q: float) -> float:
+    """The value below which a share ``q`` of the sorted values lies."""
     return sorted_values[min(len(sorted_values) - 1, int(q * len(sorted_values)))]
 
 

@@ -167,6 +167,7 @@ class ThinkerConfig:
 
     @property
     def generation(self) -> Generation:
+        """Which of the four generations has these settings."""
         if self.arch == "moe_v2":
             return "flash"
         if self.rope.type == "3D":
@@ -175,6 +176,7 @@ class ThinkerConfig:
 
     @property
     def num_dense_layers(self) -> int:
+        """First layers without experts."""
         return min(self.first_k_dense_replace, self.num_hidden_layers)
 
     @classmethod
@@ -288,6 +290,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -349,6 +352,7 @@ class WhisperConfig:
 
     @property
     def output_size(self) -> int:
+        """Width of the encoder's output."""
         return self.n_state
 
     @classmethod

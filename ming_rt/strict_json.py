@@ -96,13 +96,16 @@ class Fields:
         self.data, self.where, self.read = data, where, set[str]()
 
     def name(self, key: str) -> str:
+        """Full name of a key, for messages."""
         return f"{self.where}.{key}" if self.where else key
 
     def fail(self, key: str, expected: str) -> ConfigError:
+        """The error for a key: what was found and what is expected."""
         found = _show(self.data[key]) if key in self.data else "no such key"
         return ConfigError(f"{self.name(key)}: found {found}, expected {expected}")
 
     def get(self, key: str, default: _T, expected: str) -> Any | _T:
+        """The value of any type; the default where it is absent or null."""
         self.read.add(key)
         value = self.data.get(key)
         if value is not None:
@@ -112,6 +115,7 @@ class Fields:
         return default
 
     def integer(self, key: str, default: Any = REQUIRED, *, lo: int = 1, hi: int = 1 << 20) -> Any:
+        """A whole number from ``lo`` to ``hi``; true and false are none."""
         expected = f"an integer from {lo} to {hi}"
         value = self.get(key, default, expected)
         if value is not default and (type(value) is not int or not lo <= value <= hi):
@@ -129,6 +133,7 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: Any = REQUIRED) -> bool:
+        """True or false."""
         value = self.get(key, default, "true or false")
         if type(value) is not bool:
             raise self.fail(key, "true or false")
@@ -144,6 +149,7 @@ class Fields:
         return value
 
     def numbers(self, key: str, count: int, default: Any, *, lo: float, hi: float) -> tuple[float, ...]:
+        """A list of ``count`` finite numbers from ``lo`` to ``hi``."""
         value = self.get(key, default, f"{count} numbers")
         good = isinstance(value, (list, tuple)) and len(value) == count
         good = good and all(type(v) in (int, float) and lo <= v <= hi for v in value)
@@ -162,6 +168,7 @@ class Fields:
             raise self.fail(key, "no such key: it asks for a feature that is not supported")
 
     def required_section(self, key: str) -> Fields:
+        """The object under ``key``, which has to be there."""
         return self.section(key) or Fields(self.data.get(key), self.name(key))
 
     def ignored(self, unused: Container[str] = ()) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Everything between a loaded checkpoint and an answer: weights, cache, scheduler, engine."""

@@ -65,10 +65,12 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on disk."""
         return self.end - self.begin
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return self.nbytes // _DTYPE_BYTES[self.dtype]
 
 

@@ -23,6 +23,7 @@ class ProgressBar:
         self._begin = self._drawn = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        """Draw ``done`` of ``total`` bytes, on a terminal and for big totals only."""
         if total < self.least or not self.stream.isatty():
             return
         now = time.monotonic()

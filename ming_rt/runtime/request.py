@@ -188,6 +188,7 @@ class Request:
 
     @property
     def num_output(self) -> int:
+        """Number of generated tokens."""
         return self.num_tokens - self.num_prompt
 
     @property
