@@ -79,7 +79,9 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       seats_ = 0;
     }
-    while (busy_.load(std::memory_order_acquire) != 0) cpu_relax();
+    // A helper that lost its core needs one to finish: after a moment, offer this one.
+    for (int i = 0; busy_.load(std::memory_order_acquire) != 0; ++i)
+      i < kSpins / 10 ? cpu_relax() : std::this_thread::yield();
     if (error_) std::rethrow_exception(error_);
   }
 
