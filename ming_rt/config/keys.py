@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 # Stored by upstream, without effect on inference (or, for flash, fixed in code whatever the file says).
-UNUSED = frozenset(
-    """
+_UNUSED_KEYS = """
     _attn_implementation _name_or_path add_cross_attention architectures attention_dropout auto_map
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embedding_dropout
@@ -19,5 +18,5 @@ UNUSED = frozenset(
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
     tokenizer_class tokens_per_second top_k top_p torch_dtype torchscript transformers_version
     typical_p use_bfloat16 use_cache use_expert_bias use_qk_norm use_sliding_window
-""".split()
-)
+"""
+UNUSED = frozenset(_UNUSED_KEYS.split())

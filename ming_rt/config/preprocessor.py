@@ -11,13 +11,12 @@ from ming_rt.config.thinker import Generation
 from ming_rt.strict_json import Fields
 
 # Labels and values the original processors store or overwrite; none reaches the arithmetic.
-_UNUSED = frozenset(
-    """
+_UNUSED_KEYS = """
     image_token video_token audio_token image_processor_type audio_processor_type feature_extractor_type
     processor_class chunk_length dither feature_size frame_length frame_shift inverse_norm lfr_m lfr_n
     n_samples num_audio_tokens sampling_rate up_sample return_attention_mask padding_side padding_value
-""".split()
-)
+"""
+_UNUSED = frozenset(_UNUSED_KEYS.split())
 
 
 @dataclass(frozen=True)
