@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from ming_rt.runtime.scheduler import Chunk
 
 
 @dataclass(frozen=True)
@@ -37,3 +43,39 @@ class Batch:
     """``[M, H]``."""
     want_hidden: bool = False
     """Also return the input embeddings and the last hidden state of all ``N`` tokens."""
+
+
+def pack_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
+    """The tokens of one step side by side, with the cache slots and pages of their requests."""
+    requests = [c.request for c in chunks]
+    ends = np.cumsum([0, *(c.stop - c.start for c in chunks)])
+    page_table = np.zeros((len(chunks), max(len(r.pages) for r in requests)), np.int32)
+    slots = np.empty(ends[-1], np.int64)
+    media_rows, media_feats = [], []
+    for row, (chunk, begin, end) in enumerate(zip(chunks, ends[:-1], ends[1:], strict=True)):
+        request = chunk.request
+        pages = page_table[row, : len(request.pages)]
+        pages[:] = request.pages
+        index = np.arange(chunk.start, chunk.stop)
+        slots[begin:end] = pages[index // page_size].astype(np.int64) * page_size + index % page_size
+        if request.media_feats is not None:
+            part = request.media_slice(chunk.start, chunk.stop)
+            if part.stop > part.start:
+                media_rows.append(request.media_rows[part] - chunk.start + begin)
+                media_feats.append(request.media_feats[part])
+    ids = np.concatenate([c.request.tokens[c.start : c.stop] for c in chunks])
+    positions = np.concatenate([c.request.positions[:, c.start : c.stop] for c in chunks], axis=1)
+    modality = np.concatenate([c.request.modality[c.start : c.stop] for c in chunks])
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
+        page_table=torch.from_numpy(page_table),
+        cu_seqlens_q=torch.from_numpy(ends.astype(np.int32)),
+        kv_lens=torch.tensor([c.stop for c in chunks], dtype=torch.int32),
+        logit_rows=torch.from_numpy(ends[1:][[c.samples for c in chunks]] - 1),
+        modality=torch.from_numpy(modality) if modality.any() else None,
+        media_rows=torch.from_numpy(np.concatenate(media_rows)) if media_rows else None,
+        media_feats=torch.cat(media_feats) if media_feats else None,
+        want_hidden=any(c.request.return_hidden and c.start < c.request.num_prompt for c in chunks),
+    )

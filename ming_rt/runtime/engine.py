@@ -11,8 +11,9 @@ import torch
 
 from ming_rt.errors import InvalidRequestError, shown
 from ming_rt.runtime.handle import Handle, Outbox
+from ming_rt.runtime.options import EngineOptions, EngineStats
 from ming_rt.runtime.request import Request, SamplingParams
-from ming_rt.runtime.worker import EngineOptions, EngineStats, Worker
+from ming_rt.runtime.worker import Worker
 
 if TYPE_CHECKING:
     from ming_rt.inputs.processor import Prompt

@@ -6,8 +6,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,72 +18,19 @@ from ming_rt.errors import (
     EngineError,
     InvalidRequestError,
     MingError,
-    shown,
 )
 from ming_rt.pipelines.events import Done, FinishReason, Hidden, Timings, Usage
-from ming_rt.runtime.batch import Batch
+from ming_rt.runtime.batch import pack_batch
 from ming_rt.runtime.handle import Outbox
 from ming_rt.runtime.kv_cache import KVCache, PagePool
 from ming_rt.runtime.media_cache import MediaCache
+from ming_rt.runtime.options import EngineOptions, EngineStats
 from ming_rt.runtime.request import Request, SamplingParams
 from ming_rt.runtime.sampler import Answer, Sample, sample
 from ming_rt.runtime.scheduler import Chunk, Scheduler
 
 if TYPE_CHECKING:
     from ming_rt.models.fusion import MediaEmbeds
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of an engine; checked on construction (``InvalidRequestError`` names the field)."""
-
-    num_pages: int = 1024
-    page_size: int = 32
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512
-    max_model_len: int = 32768
-    """Upper bound of prompt + answer; lowered to what the pages hold."""
-    media_cache_bytes: int = 256 << 20
-    """Encoded media kept for prompts that repeat them."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            low = 0 if name == "media_cache_bytes" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 48:
-                raise InvalidRequestError(
-                    f"{name}: expected an integer of at least {low}, got {shown(value)}"
-                )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise InvalidRequestError(
-                f"max_num_batched_tokens: expected at least max_num_seqs = {self.max_num_seqs}, "
-                f"got {self.max_num_batched_tokens}"
-            )
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A consistent snapshot, taken between two steps."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_pages: int = 0
-    kv_pages_used: int = 0
-    kv_pages_cached: int = 0
-    """Unreferenced pages that a later prompt with the same beginning can reuse."""
-    steps: int = 0
-    prompt_tokens: int = 0
-    """Prompt tokens computed, recomputation after preemption included."""
-    generated_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    media_cache_hits: int = 0
-    preemptions: int = 0
-    finished: Mapping[str, int] = field(default_factory=dict)
-    """Ended requests by reason: stop, length, cancelled, error."""
-
-    @property
-    def kv_usage(self) -> float:
-        """Share of the KV pages in use, 0 to 1."""
-        return self.kv_pages_used / self.kv_pages if self.kv_pages else 0.0
 
 
 @dataclass
@@ -107,7 +53,6 @@ class Worker:
         config = model.config.thinker
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
         self.vocab_size = config.vocab_size
-        self.page_size = options.page_size
         self.max_len = min(options.max_model_len, options.num_pages * options.page_size)
         self.kv = KVCache(
             config.num_hidden_layers,
@@ -227,7 +172,7 @@ class Worker:
             chunk.request.clock.started = chunk.request.clock.started or now
         sampling = [c.request for c in chunks if c.samples]
         try:
-            output = self.model.thinker.forward(self._pack(chunks), self.kv)
+            output = self.model.thinker.forward(pack_batch(chunks, self.pool.page_size), self.kv)
             results = sample(output.logits, sampling) if sampling else []
             self._keep_hidden(chunks, output)
         except Exception as problem:
@@ -273,45 +218,6 @@ class Worker:
         if media is not None and not bool(torch.isfinite(media.feats.sum(-1)).all()):
             raise InvalidRequestError("media: expected finite features, the encoder produced NaN or infinity")
         return media
-
-    def _pack(self, chunks: list[Chunk]) -> Batch:
-        """The chunks' tokens side by side, with the cache slots and pages they use."""
-        size = self.page_size
-        requests = [c.request for c in chunks]
-        lengths = [c.stop - c.start for c in chunks]
-        ends = np.cumsum([0, *lengths])
-        page_table = np.zeros((len(chunks), max(len(r.pages) for r in requests)), np.int32)
-        slots = np.empty(ends[-1], np.int64)
-        media_rows, media_feats = [], []
-        for row, (chunk, begin, end) in enumerate(zip(chunks, ends[:-1], ends[1:], strict=True)):
-            request = chunk.request
-            pages = page_table[row, : len(request.pages)]
-            pages[:] = request.pages
-            index = np.arange(chunk.start, chunk.stop)
-            slots[begin:end] = pages[index // size].astype(np.int64) * size + index % size
-            if request.media_feats is not None:
-                part = request.media_slice(chunk.start, chunk.stop)
-                if part.stop > part.start:
-                    media_rows.append(request.media_rows[part] - chunk.start + begin)
-                    media_feats.append(request.media_feats[part])
-        modality = np.concatenate([c.request.modality[c.start : c.stop] for c in chunks])
-        return Batch(
-            input_ids=torch.from_numpy(np.concatenate([c.request.tokens[c.start : c.stop] for c in chunks])),
-            positions=torch.from_numpy(
-                np.concatenate([c.request.positions[:, c.start : c.stop] for c in chunks], axis=1)
-            ),
-            slots=torch.from_numpy(slots),
-            page_table=torch.from_numpy(page_table),
-            cu_seqlens_q=torch.from_numpy(ends.astype(np.int32)),
-            kv_lens=torch.tensor([c.stop for c in chunks], dtype=torch.int32),
-            logit_rows=torch.from_numpy(ends[1:][[c.samples for c in chunks]] - 1),
-            modality=torch.from_numpy(modality) if modality.any() else None,
-            media_rows=torch.from_numpy(np.concatenate(media_rows)) if media_rows else None,
-            media_feats=torch.cat(media_feats) if media_feats else None,
-            want_hidden=any(
-                r.return_hidden and c.start < r.num_prompt for r, c in zip(requests, chunks, strict=True)
-            ),
-        )
 
     def _keep_hidden(self, chunks: list[Chunk], output: Any) -> None:
         """Copy the hidden states of prompt tokens to the requests that want them."""
