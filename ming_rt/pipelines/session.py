@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 
 from ming_rt import ops
-from ming_rt.config import GENERATIONS, Generation, OmniConfig
+from ming_rt.config import GENERATIONS, Generation, OmniConfig, ThinkerConfig
 from ming_rt.errors import (
     CapacityError,
     ConfigError,
@@ -21,11 +21,11 @@ from ming_rt.errors import (
     UnsupportedError,
     shown,
 )
-from ming_rt.inputs.chat_template import asr_prompt
 from ming_rt.inputs.limits import DEFAULT_LIMITS, Limits
 from ming_rt.inputs.processor import Processor, Prompt
 from ming_rt.inputs.tokenizer import Tokenizer
 from ming_rt.models.omni import Omni
+from ming_rt.pipelines.asr import Context, asr_request, transcript
 from ming_rt.pipelines.events import Done, Transcript
 from ming_rt.runtime import weights
 from ming_rt.runtime.checkpoint import Checkpoint
@@ -37,7 +37,6 @@ from ming_rt.runtime.progress import ProgressBar
 from ming_rt.runtime.request import SamplingParams
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Context = str | Sequence[str] | Mapping[str, Any]
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PAGE_SIZE = 32
@@ -144,24 +143,8 @@ class Session:
         bar = ProgressBar("loading") if progress else None
         model = weights.load(lambda src: Omni(config, src), Checkpoint(directory), compute, progress=bar)
 
-        per_page = PAGE_SIZE * KVCache.bytes_per_token(
-            thinker.num_hidden_layers, thinker.num_key_value_heads, thinker.head_dim, compute
-        )
-        length = max_model_len or thinker.rope.max_position_embeddings
-        needed = -(-length // PAGE_SIZE) * per_page
-        free = max(int(available_memory() * KV_SHARE), KV_LEAST)
-        budget = kv_bytes or min(free, KV_SEQUENCES * needed)
-        if max_model_len is not None and budget < needed:
-            raise CapacityError(
-                f"max_model_len: {max_model_len} tokens need {needed} bytes of KV cache, got {budget}; "
-                "expected a larger kv_bytes or fewer tokens"
-            )
-        options = EngineOptions(
-            num_pages=max(budget // per_page, 1),
-            page_size=PAGE_SIZE,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=length,
+        options = _engine_options(
+            thinker, compute, kv_bytes, max_model_len, max_num_seqs, max_num_batched_tokens
         )
         self._engine = Engine(model, tokenizer, tokenizer.stop_ids(config.generation), compute, options)
         self._config = config
@@ -173,7 +156,7 @@ class Session:
             parts=("thinker", *(["vision"] if config.vision else []), *sorted(config.audio)),
             max_model_len=self._engine.max_model_len,
             kv_tokens=options.num_pages * PAGE_SIZE,
-            kv_bytes=options.num_pages * per_page,
+            kv_bytes=options.num_pages * _page_bytes(thinker, compute),
         )
 
     @overload
@@ -212,8 +195,18 @@ class Session:
             CapacityError: the prompt is too long.
         """
         _check_stream(stream)
-        handle = self._submit(*self._prepare(messages, options), return_hidden)
+        handle = self._engine.submit(*self._prepare(messages, options), return_hidden=return_hidden)
         return handle if stream else handle.result()
+
+    @overload
+    async def achat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> Done: ...
+
+    @overload
+    async def achat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> Handle: ...
 
     async def achat(
         self,
@@ -229,7 +222,7 @@ class Session:
         """
         _check_stream(stream)
         prepared = await asyncio.to_thread(self._prepare, messages, options)
-        handle = self._submit(*prepared, return_hidden)
+        handle = self._engine.submit(*prepared, return_hidden=return_hidden)
         return handle if stream else await handle.aresult()
 
     def transcribe(
@@ -250,16 +243,14 @@ class Session:
             InvalidRequestError, InvalidMediaError: an argument or the recording cannot be used.
         """
         messages, options = self._asr(audio, language, context, sampling)
-        return self._transcript(self.chat(messages, **options), language)
+        return transcript(self._config.generation, self.chat(messages, **options), language)
 
     async def atranscribe(
         self, audio: Any, language: str | None = None, context: Context | None = None, **sampling: Any
     ) -> Transcript:
         """``transcribe`` for event loops."""
         messages, options = self._asr(audio, language, context, sampling)
-        done = await self.achat(messages, **options)
-        assert isinstance(done, Done)
-        return self._transcript(done, language)
+        return transcript(self._config.generation, await self.achat(messages, **options), language)
 
     def stats(self) -> EngineStats:
         """Queue lengths, KV usage and counters of the engine."""
@@ -282,52 +273,21 @@ class Session:
         """Check the options, then read the media: what is cheap to refuse is refused first."""
         if self._closed:
             raise EngineClosedError("the session is closed")
+        _check_names(options, (*_SAMPLING, *_PROMPT))
         for name, value in options.items():
-            if name not in _SAMPLING and name not in _PROMPT:
-                known = ", ".join((*_SAMPLING, *_PROMPT))
-                raise InvalidRequestError(f"{shown(name)}: no such option; expected one of {known}")
             if name in _PROMPT and not isinstance(value, _PROMPT[name]):
                 raise InvalidRequestError(f"{name}: found {shown(value)}, expected {_types(_PROMPT[name])}")
         params = SamplingParams(**{name: options[name] for name in _SAMPLING if name in options})
         prompt = self._processor(messages, **{name: options[name] for name in _PROMPT if name in options})
         return prompt, params
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, return_hidden: bool) -> Handle:
-        return self._engine.submit(prompt, params, return_hidden=return_hidden)
-
     def _asr(
         self, audio: Any, language: str | None, context: Context | None, sampling: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        generation = self._config.generation
-        options: dict[str, Any] = dict(sampling)
-        for name in options:
-            if name not in _SAMPLING:
-                raise InvalidRequestError(
-                    f"{shown(name)}: no such option; expected one of {', '.join(_SAMPLING)}"
-                )
-        if language is not None:
-            if not isinstance(language, str) or not language.isprintable() or not 1 <= len(language) <= 40:
-                raise InvalidRequestError(
-                    f"language: found {shown(language)}, expected a name such as 'English'"
-                )
-            if generation != "flash":
-                raise UnsupportedError(
-                    f"language: Ming {generation} cannot be told the language; leave it out"
-                )
-            options["answer_prefix"] = f"{language}\t"
-        if generation == "v1":  # its other encoder is not meant for transcription
-            options["use_whisper_encoder"] = True
-        text = asr_prompt(*_asr_context(context))
-        content = [{"type": "text", "text": text}, {"type": "audio", "audio": audio}]
-        return [{"role": "user", "content": content}], options
-
-    def _transcript(self, done: Done, language: str | None) -> Transcript:
-        text = done.text
-        if self._config.generation == "flash" and language is None:
-            named, tab, rest = text.partition("\t")
-            if tab:
-                language, text = named.strip(), rest
-        return Transcript(text, language, done.finish_reason, done.usage, done.timings)
+        """Messages and all options of a transcription."""
+        _check_names(sampling, _SAMPLING)
+        messages, options = asr_request(self._config.generation, audio, language, context)
+        return messages, {**sampling, **options}
 
 
 def _check_build(device: str, dtype: str, tp: int, quant: str | None) -> torch.dtype:
@@ -344,6 +304,46 @@ def _check_build(device: str, dtype: str, tp: int, quant: str | None) -> torch.d
             f"quant: found {shown(quant)}, expected None (weights run as float32 or bfloat16)"
         )
     return DTYPES[dtype]
+
+
+def _page_bytes(thinker: ThinkerConfig, dtype: torch.dtype) -> int:
+    return PAGE_SIZE * KVCache.bytes_per_token(
+        thinker.num_hidden_layers, thinker.num_key_value_heads, thinker.head_dim, dtype
+    )
+
+
+def _engine_options(
+    thinker: ThinkerConfig,
+    dtype: torch.dtype,
+    kv_bytes: int | None,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> EngineOptions:
+    """Sizes of the engine, from what was asked for and, for the KV cache, the memory free now."""
+    per_page = _page_bytes(thinker, dtype)
+    length = max_model_len or thinker.rope.max_position_embeddings
+    needed = -(-length // PAGE_SIZE) * per_page
+    free = max(int(available_memory() * KV_SHARE), KV_LEAST)
+    budget = kv_bytes or min(free, KV_SEQUENCES * needed)
+    if max_model_len is not None and budget < needed:
+        raise CapacityError(
+            f"max_model_len: {max_model_len} tokens need {needed} bytes of KV cache, got {budget}; "
+            "expected a larger kv_bytes or fewer tokens"
+        )
+    return EngineOptions(
+        num_pages=max(budget // per_page, 1),
+        page_size=PAGE_SIZE,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=length,
+    )
+
+
+def _check_names(options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise InvalidRequestError(f"{shown(name)}: no such option; expected one of {', '.join(known)}")
 
 
 def _check_stream(stream: bool) -> None:
@@ -373,29 +373,6 @@ def model_directory(path: str | Path) -> Path:
     if not os.path.isdir(directory):  # unlike Path.is_dir, False for any name
         raise ConfigError(f"{path}: no such directory; expected a checkpoint directory or demo[:GENERATION]")
     return Path(directory)
-
-
-def _asr_context(context: Context | None) -> tuple[str | None, tuple[str, ...]]:
-    """Topic and phrases."""
-    topic: Any = None
-    phrases: Any = ()
-    if isinstance(context, str):
-        topic = context
-    elif isinstance(context, Mapping):
-        if not context.keys() <= {"topic", "phrases"}:
-            raise InvalidRequestError(
-                f"context: found keys {', '.join(map(shown, context)):.60}, expected topic and phrases"
-            )
-        topic, phrases = context.get("topic"), context.get("phrases", ())
-    elif context is not None:
-        phrases = context
-    good = topic is None or isinstance(topic, str)
-    good = good and isinstance(phrases, Sequence) and not isinstance(phrases, (str, bytes))
-    if not good or not all(isinstance(phrase, str) for phrase in phrases):
-        raise InvalidRequestError(
-            f"context: found {shown(context)}, expected a topic, a list of words, or both"
-        )
-    return topic, tuple(phrases)
 
 
 def _types(kinds: type | tuple[type, ...]) -> str:
