@@ -4,7 +4,7 @@ their medians is what counts."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 SETTLE = 0.006  # seconds between two timed calls
@@ -96,9 +96,3 @@ def measure(case: Case, seconds: float = 0.5) -> Row:
         case.bytes / median / 1e9,
         case.flops / median / 1e12,
     )
-
-
-def measure_all(cases: Iterator[Case], seconds: float = 0.5) -> Iterator[Row]:
-    """Measure cases one by one, so that each one's tensors are freed before the next is made."""
-    for case in cases:
-        yield measure(case, seconds)

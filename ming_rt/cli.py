@@ -12,17 +12,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ming_rt import __version__
+from ming_rt.config import GENERATIONS
 from ming_rt.errors import MingError
+from ming_rt.pipelines.events import Done
 
 if TYPE_CHECKING:
-    from ming_rt.pipelines.events import Done
+    from ming_rt.pipelines.events import Transcript
     from ming_rt.pipelines.session import Session
 
-GENERATIONS = ("preview", "v1", "v1.5", "flash")
 CHAT_HELP = """\
 /image PATH   add a picture to the next message     /reset   forget the conversation
 /audio PATH   add sound to the next message         /quit    leave (or Ctrl-D)
@@ -145,23 +147,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default 512)")
 
 
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "seed",
-    "stop",
-    "max_tokens",
-)
-
-
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling options given, checked: a mistake in them should not cost loading a model."""
     from ming_rt.runtime.request import SamplingParams
 
-    given = {name: getattr(arguments, name, None) for name in SAMPLING}
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(SamplingParams)}
     options = {name: value for name, value in given.items() if value is not None}
     SamplingParams(**options)
     return options
@@ -192,14 +182,14 @@ def _load(arguments: argparse.Namespace) -> Session:
 def _stream(session: Session, messages: list[dict], options: dict[str, Any]) -> Done:
     """Print an answer as it comes."""
     for event in session.chat(messages, stream=True, **options):
-        if hasattr(event, "finish_reason"):
+        if isinstance(event, Done):
             print(flush=True)
             return event
         print(event.text, end="", flush=True)
     raise AssertionError("a stream ends with Done")
 
 
-def _stats(done: Done) -> str:
+def _stats(done: Done | Transcript) -> str:
     t, u = done.timings, done.usage
     rate = f"{t.decode_tokens_per_second:.1f} tok/s" if t.decode_tokens_per_second else "-"
     ttft = f"{1e3 * t.ttft:.0f} ms" if t.ttft is not None else "-"

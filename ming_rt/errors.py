@@ -57,13 +57,13 @@ class WeightsError(MingError, ValueError):
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        shown = self.problems[: self.SHOWN]
-        if len(self.problems) > len(shown):
-            shown.append(f"... and {len(self.problems) - len(shown)} more")
-        if len(shown) == 1:
-            super().__init__(shown[0])
+        lines = self.problems[: self.SHOWN]
+        if len(self.problems) > len(lines):
+            lines.append(f"... and {len(self.problems) - len(lines)} more")
+        if len(lines) == 1:
+            super().__init__(lines[0])
         else:
-            super().__init__(f"{len(self.problems)} problems:\n  " + "\n  ".join(shown))
+            super().__init__(f"{len(self.problems)} problems:\n  " + "\n  ".join(lines))
 
 
 class EngineError(MingError, RuntimeError):

@@ -41,13 +41,12 @@ def resolve(obj: object, kind: str, limits: Limits) -> Path | bytes | None:
     if obj[:8].lower().startswith(("http://", "https://")):
         raise UnsupportedError(f"{kind}: found a web address, expected a path, bytes or a data URL")
     path = obj.removeprefix("file://")
-    shown = path if len(path) <= _SHOWN else path[:_SHOWN] + "..."
     try:
         if os.path.isfile(path) or (kind == "video" and os.path.isdir(path)):
             return Path(path)
     except ValueError:  # a zero byte in the path
         pass
-    raise InvalidMediaError(f"{kind}: no file {shown!r}")
+    raise InvalidMediaError(f"{kind}: no file {shown(path, _SHOWN)}")
 
 
 def _data_url(url: str, kind: str, limits: Limits) -> bytes:

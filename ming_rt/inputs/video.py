@@ -193,10 +193,10 @@ def _window(times: Sequence[float], options: Mapping[str, Any]) -> np.ndarray | 
     # 0 is a valid start, so it is shifted past the check for positive numbers.
     start = 0.0 if options.get("video_start") == 0 else number(options, "video_start", 0.0)
     end = number(options, "video_end", math.inf)
-    shown = np.array(times)
-    kept = np.flatnonzero((shown >= start) & (shown <= end))
-    before = np.flatnonzero(shown < start)
-    if len(before) and not (shown == start).any():
+    stamps = np.array(times)
+    kept = np.flatnonzero((stamps >= start) & (stamps <= end))
+    before = np.flatnonzero(stamps < start)
+    if len(before) and not (stamps == start).any():
         kept = np.concatenate([before[-1:], kept])
     if not len(kept):
         raise InvalidMediaError(f"video: no frames between {start:g} and {end:g} s")

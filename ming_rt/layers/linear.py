@@ -1,4 +1,4 @@
-"""Linear layers, whole or split over the ranks of one model: by outputs (columns) or by inputs (rows)."""
+"""Linear layers, whole or split over the ranks of one model."""
 
 from __future__ import annotations
 
@@ -45,22 +45,6 @@ class Linear:
     ) -> torch.Tensor:
         """``x`` ``[M, inputs]`` -> ``[M, outputs]``; ``residual`` is added after the activation."""
         return ops.linear(x, self.weight, self.bias, act=act, residual=residual)
-
-
-class ColumnParallelLinear:
-    """Each rank computes its share of the outputs; ``x`` is whole on every rank."""
-
-    def __init__(
-        self, src: WeightSource, name: str, inputs: int, outputs: int, *, bias: bool = False
-    ) -> None:
-        share(name, outputs, src.world)
-        shard = (0, src.rank, src.world)
-        self.weight = ops.pack_weight(src.tensor(f"{name}.weight", (outputs, inputs), shard=shard), src.dtype)
-        self.bias = src.tensor(f"{name}.bias", (outputs,), src.dtype, shard) if bias else None
-
-    def __call__(self, x: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """``[M, inputs]`` -> ``[M, outputs / world]``."""
-        return ops.linear(x, self.weight, self.bias, out_dtype=out_dtype)
 
 
 class RowParallelLinear:

@@ -34,7 +34,6 @@ THINKER_PREFIXES = (
 )
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 _MAX_HEADER = 100_000_000
 _MAX_INDEX = 64 << 20

@@ -68,11 +68,6 @@ class Handle:
         self._outbox = outbox
         self._end: Done | MingError | None = None
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Number of tokens of the prompt."""
-        return self._request.num_prompt
-
     def cancel(self) -> None:
         """Stop generating; the iterator then ends with ``Done(finish_reason="cancelled")``. Never blocks."""
         self._engine.cancel(self._request)

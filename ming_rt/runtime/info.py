@@ -13,6 +13,7 @@ from ming_rt.config import Generation, OmniConfig, ThinkerConfig
 from ming_rt.errors import MingError
 from ming_rt.models.omni import Omni
 from ming_rt.runtime.checkpoint import Checkpoint
+from ming_rt.runtime.kv_cache import KVCache
 from ming_rt.runtime.weights import PlanSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -118,7 +119,7 @@ def checkpoint_info(directory: str | Path) -> CheckpointInfo:
     plan = plans["bfloat16"]
     problems += plan.problems()
     thinker = config.thinker
-    cached = 2 * thinker.num_hidden_layers * thinker.num_key_value_heads * thinker.head_dim
+    cache = (thinker.num_hidden_layers, thinker.num_key_value_heads, thinker.head_dim)
     return CheckpointInfo(
         directory=str(directory),
         generation=config.generation,
@@ -127,7 +128,7 @@ def checkpoint_info(directory: str | Path) -> CheckpointInfo:
         parameters_total=plan.parameters,
         parameters_active=active_parameters(thinker, plan.shapes),
         disk_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
-        kv_bytes_per_token={name: cached * dtype.itemsize for name, dtype in DTYPES.items()},
+        kv_bytes_per_token={name: KVCache.bytes_per_token(*cache, dtype) for name, dtype in DTYPES.items()},
         weight_bytes={name: plan.nbytes for name, plan in plans.items()},
         max_positions=thinker.rope.max_position_embeddings,
         ignored_keys=config.ignored_keys,

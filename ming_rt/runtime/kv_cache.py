@@ -32,13 +32,12 @@ class KVCache:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
     ) -> None:
         shape = (pages, num_kv_heads, page_size, head_dim)
         self.page_size = page_size
         try:
-            self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-            self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+            self.k = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
+            self.v = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
         except RuntimeError as error:
             size = pages * page_size * self.bytes_per_token(layers, num_kv_heads, head_dim, dtype)
             raise CapacityError(f"the KV cache of {size} bytes does not fit into the memory") from error
