@@ -144,8 +144,7 @@ class Processor:
         pictures = [self._image(item) for item in images]
         clips = [self._video(item) for item in videos]
         feats = tuple(self._audio(item, encoder) for item in audios) if encoder else ()
-        # SANM's projector keeps the number of frames.
-        audio_tokens = [len(f) if encoder == "sanm" else audio.whisper_tokens(len(f)) for f in feats]
+        audio_tokens = [self._audio_tokens(len(f), encoder) for f in feats] if encoder else []
         merge = self.config.preprocessor.merge_size**2
         expanded = expand_segments(
             generation,
@@ -239,6 +238,11 @@ class Processor:
                 f"audio: found {len(feats) / 100:.1f} s, expected at most {self._max_mel_frames / 100:.1f} s"
             )
         return feats
+
+    def _audio_tokens(self, frames: int, encoder: AudioEncoderName) -> int:
+        config = self.config.audio[encoder]
+        count = audio.projector_tokens if encoder == "sanm" else audio.whisper_tokens
+        return count(frames, config.ds_kernel_size, config.ds_stride)
 
     def _audio_spans(self, ids: np.ndarray, audio_tokens: list[int]) -> np.ndarray:
         """(start, length) of the placeholder runs; only flash looks beyond the first start token."""

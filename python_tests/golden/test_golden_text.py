@@ -14,7 +14,8 @@ import torch
 from golden_cases import all_cases, golden_cases
 from tolerances import assert_close
 
-from ming_rt.config import PreprocessorConfig
+from ming_rt.config import PreprocessorConfig, read_audio
+from ming_rt.demo import config_dict
 from ming_rt.errors import InvalidRequestError, UnsupportedError
 from ming_rt.inputs import image
 from ming_rt.inputs.chat_template import render
@@ -114,13 +115,12 @@ def make_processor(generation, tokenizer, directory):
             "video_patch_token": "<framePatch>",
         }.items()
     }
-    encoders = {"preview": ["sanm"], "v1": ["sanm", "whisper"]}.get(generation, ["whisper"])
     config = SimpleNamespace(
         generation=generation,
         preprocessor=PreprocessorConfig.from_dict({}, generation),
         thinker=SimpleNamespace(**patch),
         vision=SimpleNamespace(),
-        audio={name: SimpleNamespace(n_ctx=15000) for name in encoders},
+        audio=read_audio(config_dict(generation, "real"), generation),
     )
     return Processor(config, tokenizer, directory)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tiny_tokenizer import write_tokenizer as write_byte_level
 
 from ming_rt.config import GENERATIONS, OmniConfig
@@ -22,6 +23,8 @@ from ming_rt.errors import (
 from ming_rt.inputs.limits import Limits
 from ming_rt.inputs.processor import Processor
 from ming_rt.inputs.tokenizer import Tokenizer
+from ming_rt.models.omni import Omni
+from ming_rt.runtime.weights import RandomSource
 
 
 def write_cmvn(directory):
@@ -145,6 +148,18 @@ def test_audio(make, generation, option, encoder, width):
     assert np.array_equal(ids_of(processor, prompt, "<audioPatch>"), np.arange(start, start + length))
     assert prompt.input_ids[start - 1] == processor.tokenizer.token_id("<audio>")
     assert prompt.input_ids[start + length] == processor.tokenizer.token_id("</audio>")
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_placeholders_follow_the_configured_projector(make, generation, kernel, stride):
+    config = config_dict(generation)
+    config["audio_config"] |= {"ds_kernel_size": kernel, "ds_stride": stride}
+    processor = make(generation)
+    processor.config = OmniConfig.from_dict(config, preprocessor_dict(generation))
+    prompt = processor([{"role": "user", "content": [recording(2.05)]}])
+    model = Omni(processor.config, RandomSource(dtype=torch.float32))
+    assert len(model.encode(prompt).feats) == prompt.audio_spans[0, 1]
 
 
 def test_flash_takes_everything_at_once(make, tmp_path):
