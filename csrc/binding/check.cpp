@@ -1,5 +1,6 @@
 #include "binding/check.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #include "dlpack/dlpack.h"
@@ -70,20 +71,24 @@ void Call::fail(const std::string& message) const {
   throw py::value_error(std::string(op_) + ": " + message);
 }
 
+const int64_t* Call::find(const char* name) const {
+  for (const auto& [known, bound] : dims_)
+    if (std::strcmp(known, name) == 0) return &bound;
+  return nullptr;
+}
+
 void Call::bind(const char* name, int64_t value) {
-  for (auto& [known, bound] : dims_) {
-    if (std::strcmp(known, name) != 0) continue;
-    if (bound != value)
-      fail(std::string(name) + ": expected " + std::to_string(bound) + ", got " + std::to_string(value));
-    return;
-  }
-  dims_.emplace_back(name, value);
+  const int64_t* bound = find(name);
+  if (!bound)
+    dims_.emplace_back(name, value);
+  else if (*bound != value)
+    fail(std::string(name) + ": expected " + std::to_string(*bound) + ", got " + std::to_string(value));
 }
 
 int64_t Call::dim(const char* name) const {
-  for (const auto& [known, bound] : dims_)
-    if (std::strcmp(known, name) == 0) return bound;
-  fail(std::string("dimension ") + name + " is not bound");
+  const int64_t* bound = find(name);
+  if (!bound) fail(std::string("dimension ") + name + " is not bound");
+  return *bound;
 }
 
 TensorView Call::tensor(const char* name, py::handle object, std::initializer_list<DType> dtypes,
@@ -122,21 +127,12 @@ TensorView Call::tensor(const char* name, py::handle object, std::initializer_li
   int i = 0;
   for (const char* d : dims) {
     const int64_t size = view.shape[i++];
-    int64_t bound = size;
-    if (is_number(d)) {
-      bound = std::atoll(d);
-    } else {
-      bool found = false;
-      for (auto& [known_name, value] : dims_)
-        if (std::strcmp(known_name, d) == 0) {
-          bound = value;
-          found = true;
-        }
-      if (!found) dims_.emplace_back(d, size);
-    }
-    if (bound != size)
+    const int64_t* bound = find(d);
+    const int64_t expected = is_number(d) ? std::atoll(d) : bound ? *bound : size;
+    if (expected != size)
       fail(std::string(name) + ": expected shape " + dims_text(dims) + " with " + d + " = " +
-           std::to_string(bound) + ", got " + shape_text(view));
+           std::to_string(expected) + ", got " + shape_text(view));
+    if (!is_number(d) && !bound) dims_.emplace_back(d, size);
   }
   return view;
 }

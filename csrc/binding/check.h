@@ -45,6 +45,9 @@ class Call {
   [[noreturn]] void fail(const std::string& message) const;
 
  private:
+  // The value of a bound name, else nullptr.
+  const int64_t* find(const char* name) const;
+
   const char* op_;
   std::vector<std::pair<const char*, int64_t>> dims_;
 };

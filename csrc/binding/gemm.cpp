@@ -1,25 +1,27 @@
 #include "ops/gemm/gemm.h"
 
-#include "binding/check.h"
+#include "binding/packed.h"
 
 namespace ming::binding {
-namespace {
 
-constexpr int64_t kMaxDim = int64_t(1) << 40;  // keeps the products of sizes below far from overflow
-
-// A packed weight as gemm.h defines it.
-TensorView packed(Call& call, const char* name, py::object object, std::initializer_list<DType> dtypes,
-                  int64_t n, int64_t k, bool gated) {
-  call.expect(n > 0 && k > 0 && n < kMaxDim && k < kMaxDim, "expected positive n and k");
-  TensorView w = call.dense(name, object, dtypes, {"packed elements"});
-  const int64_t elements = panel_count(n, gated) * panel_size(w.dtype, k);
-  call.expect(w.shape[0] == elements, std::string(name) + ": expected " + std::to_string(elements) +
-                                          " packed elements for n = " + std::to_string(n) + ", k = " +
-                                          std::to_string(k) + ", got " + std::to_string(w.shape[0]));
-  call.expect(reinterpret_cast<uintptr_t>(w.data) % 64 == 0,
-              std::string(name) + ": expected 64-byte alignment");
+TensorView packed_weight(Call& call, const char* name, py::handle object, std::initializer_list<DType> dtypes,
+                         const char* count, int64_t n, int64_t k, bool gated) {
+  constexpr int64_t kMaxDim = int64_t(1) << 30;  // n * k and its padding stay far from overflow
+  const std::string label(name);
+  call.expect(n > 0 && k > 0 && n <= kMaxDim && k <= kMaxDim,
+              label + ": expected 1 to 2^30 outputs and inputs, got n = " + std::to_string(n) +
+                  ", k = " + std::to_string(k));
+  TensorView w = count ? call.dense(name, object, dtypes, {count, "packed elements"})
+                       : call.dense(name, object, dtypes, {"packed elements"});
+  const int64_t elements = panel_count(n, gated) * panel_size(w.dtype, k), got = w.shape[w.ndim - 1];
+  call.expect(got == elements, label + ": expected " + std::to_string(elements) +
+                                   " packed elements for n = " + std::to_string(n) +
+                                   ", k = " + std::to_string(k) + ", got " + std::to_string(got));
+  call.expect(reinterpret_cast<uintptr_t>(w.data) % 64 == 0, label + ": expected 64-byte alignment");
   return w;
 }
+
+namespace {
 
 void linear(py::object x_, py::object w_, int64_t n, bool gated, py::object bias_, int act,
             py::object residual_, py::object y_) {
@@ -28,7 +30,7 @@ void linear(py::object x_, py::object w_, int64_t n, bool gated, py::object bias
               "expected an activation of 0..3, and none and no residual with a gated weight");
   TensorView x = call.tensor("x", x_, {DType::f32, DType::bf16}, {"M", "K"});
   call.bind("N", n);
-  TensorView w = packed(call, "w", w_, {x.dtype}, n, x.shape[1], gated);
+  TensorView w = packed_weight(call, "w", w_, {x.dtype}, nullptr, n, x.shape[1], gated);
   call.bind("outputs of bias", gated ? 2 * n : n);
   TensorView bias = call.optional("bias", bias_, {x.dtype}, {"outputs of bias"});
   TensorView y = call.tensor("y", y_, {DType::f32, DType::bf16}, {"M", "N"});
@@ -47,7 +49,7 @@ void pack_weight(py::object first_, py::object second_, py::object packed_) {
   TensorView second = call.optional("up", second_, {first.dtype}, {"N", "K"});
   const int64_t n = first.shape[0], k = first.shape[1];
   const bool gated = bool(second);
-  TensorView out = packed(call, "packed", packed_, {DType::f32, DType::bf16}, n, k, gated);
+  TensorView out = packed_weight(call, "packed", packed_, {DType::f32, DType::bf16}, nullptr, n, k, gated);
   PackParams p{{first.data, second.data},
                {first.stride[0], second.stride[0]},
                out.data,

@@ -14,12 +14,12 @@ ResizeAxis axis(Call& call, const char* name, py::object start_, py::object weig
                 const char* out, int64_t in) {
   const std::string label(name);
   TensorView start = call.optional((label + "_start").c_str(), start_, {DType::i32}, {out});
-  TensorView weight =
-      call.optional((label + "_weight").c_str(), weight_, {dtype}, {out, label == "x" ? "xtaps" : "ytaps"});
-  call.expect(bool(start) == bool(weight), label + ": start and weight are given together");
+  call.expect(start_.is_none() == weight_.is_none(), label + ": start and weight are given together");
   if (!start) return {nullptr, nullptr, 0};
+  TensorView weight =
+      call.dense((label + "_weight").c_str(), weight_, {dtype}, {out, label == "x" ? "xtaps" : "ytaps"});
   const int64_t taps = weight.shape[1];
-  call.expect(weight.stride[0] == taps, label + "_weight: expected dense rows");
+  call.expect(start.shape[0] >= 1 && taps >= 1, label + "_weight: expected at least one output and tap");
   for (int64_t i = 0; i < start.shape[0]; ++i) {
     const int64_t first = start.ptr<int32_t>()[i];
     call.expect(first >= 0 && first + taps <= in, label + "_start: expected windows inside the picture");
@@ -38,9 +38,10 @@ void resize_u8(py::object image_, py::object out_, py::object temp_, py::object 
   ResizeAxis x = axis(call, "x", x_start, x_weight, DType::i32, "w", image.shape[1]);
   ResizeAxis y = axis(call, "y", y_start, y_weight, DType::i32, "h", image.shape[0]);
   call.expect(x.start || y.start, "expected a window table for at least one axis");
+  call.expect(out.shape[0] >= 1 && out.shape[1] >= 1, "out: expected at least one pixel");
   if (!x.start) call.bind("W", out.shape[1]);
   if (!y.start) call.bind("H", out.shape[0]);
-  TensorView temp = call.optional("temp", temp_, {DType::u8}, {"H", "w", "C"});
+  TensorView temp;
   if (x.start && y.start) temp = call.dense("temp", temp_, {DType::u8}, {"H", "w", "C"});
   ResizeParams p{image.data,   out.data,     temp.data,     1, 1, image.shape[0], image.shape[1],
                  out.shape[0], out.shape[1], int(channels), x, y, DType::u8,      DType::u8};

@@ -1,24 +1,11 @@
 #include "ops/moe/moe.h"
 
-#include "binding/check.h"
+#include "binding/packed.h"
 
 namespace ming::binding {
 namespace {
 
-constexpr int kMaxExperts = 65536, kMaxChoices = 256;
-
-// [E, packed elements]: one packed weight per expert (or router), each of n outputs and k inputs.
-TensorView packed(Call& call, const char* name, py::object object, DType dtype, const char* count, int64_t n,
-                  int64_t k, bool gated) {
-  TensorView w = call.dense(name, object, {dtype}, {count, "packed elements"});
-  const int64_t elements = panel_count(n, gated) * panel_size(dtype, k);
-  call.expect(w.shape[1] == elements, std::string(name) + ": expected " + std::to_string(elements) +
-                                          " packed elements for n = " + std::to_string(n) + ", k = " +
-                                          std::to_string(k) + ", got " + std::to_string(w.shape[1]));
-  call.expect(reinterpret_cast<uintptr_t>(w.data) % 64 == 0,
-              std::string(name) + ": expected 64-byte alignment");
-  return w;
-}
+constexpr int kMaxExperts = 65536;
 
 void in_range(Call& call, const char* name, const int32_t* values, int64_t count, int64_t limit) {
   for (int64_t i = 0; i < count; ++i)
@@ -35,7 +22,9 @@ void moe_route(py::object x_, py::object routers_, py::object bias_, py::object 
   TensorView logits = call.dense("logits", logits_, {DType::f32}, {"N", "E"});
   const int64_t experts = logits.shape[1];
   call.expect(experts >= 1 && experts <= kMaxExperts, "expected 1..65536 experts");
-  TensorView routers = packed(call, "routers", routers_, DType::f32, "R", experts, x.shape[1], false);
+  TensorView routers =
+      packed_weight(call, "routers", routers_, {DType::f32}, "R", experts, x.shape[1], false);
+  call.expect(routers.shape[0] >= 1, "routers: expected at least one");
   TensorView bias;
   if (sigmoid) bias = call.dense("bias", bias_, {DType::f32}, {"R", "E"});
   TensorView modality = call.optional("modality", modality_, {DType::u8}, {"N"});
@@ -47,10 +36,10 @@ void moe_route(py::object x_, py::object routers_, py::object bias_, py::object 
           modality.ptr<uint8_t>()[t] < routers.shape[0],
           "modality: expected values below the number of routers, " + std::to_string(routers.shape[0]));
   const int64_t top_k = ids.shape[1];
-  call.expect(top_k >= 1 && top_k <= kMaxChoices && top_k <= experts,
+  call.expect(top_k >= 1 && top_k <= kMaxRouted && top_k <= experts,
               "expected top_k in 1..min(experts, 256)");
   if (sigmoid) {
-    call.expect(n_group >= 1 && n_group <= kMaxChoices && experts % n_group == 0 && experts / n_group >= 2,
+    call.expect(n_group >= 1 && n_group <= kMaxRouted && experts % n_group == 0 && experts / n_group >= 2,
                 "expected n_group to divide the experts into at most 256 groups of two or more");
     call.expect(topk_group >= 1 && topk_group <= n_group && experts / n_group * topk_group >= top_k,
                 "expected topk_group in 1..n_group and at least top_k experts in the kept groups");
@@ -101,7 +90,7 @@ void grouped_gemm(const char* op, bool gated, py::object x_, py::object w_, py::
   TensorView rows = call.dense("rows", rows_, {DType::i32}, {"slots"});
   TensorView offsets = call.dense("offsets", offsets_, {DType::i32}, {"E + 1"});
   TensorView y = call.tensor("y", y_, {x.dtype}, {"slots", "N"});
-  TensorView w = packed(call, "experts", w_, x.dtype, "E", y.shape[1], x.shape[1], gated);
+  TensorView w = packed_weight(call, "experts", w_, {x.dtype}, "E", y.shape[1], x.shape[1], gated);
   const int64_t slots = rows.shape[0], experts = w.shape[0];
   call.expect(offsets.shape[0] == experts + 1, "offsets: expected one more than experts");
   call.expect(!gated || (top_k >= 1 && x.shape[0] * top_k == slots), "rows: expected tokens * top_k of them");

@@ -66,7 +66,7 @@ void rope_append(py::object qkv_, py::object cos_, py::object sin_, py::object k
 void rope_qk(py::object qkv_, py::object cos_, py::object sin_, int64_t num_heads) {
   Call call("rope_qk_");
   TensorView qkv = call.tensor("qkv", qkv_, {DType::f32, DType::bf16}, {"N", "QKV"});
-  call.expect(num_heads > 0 && qkv.shape[1] % (3 * num_heads) == 0,
+  call.expect(num_heads > 0 && num_heads <= qkv.shape[1] && qkv.shape[1] % (3 * num_heads) == 0,
               "qkv: expected rows of 3 * " + std::to_string(num_heads) + " heads, got " +
                   std::to_string(qkv.shape[1]) + " values");
   const int64_t head_dim = qkv.shape[1] / (3 * num_heads);

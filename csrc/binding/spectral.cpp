@@ -16,7 +16,8 @@ void resample(py::object x_, py::object y_, py::object first_, py::object weight
   call.expect(taps > 0 && taps % 16 == 0, "weight: expected a multiple of 16 taps");
   for (int64_t p = 0; p < phases && p < outputs; ++p) {
     const int64_t at = first.ptr<int32_t>()[p], last = (outputs - 1 - p) / phases;
-    call.expect(at >= 0 && last * step + at + taps <= x.shape[0], "x: expected room for every window");
+    const int64_t room = x.shape[0] - at - taps;  // for the steps to the phase's last window
+    call.expect(at >= 0 && room >= 0 && last <= room / step, "x: expected room for every window");
   }
   ResampleParams p{
       x.ptr<float>(), y.ptr<float>(), first.ptr<int32_t>(), weight.ptr<float>(), outputs, phases, taps, step};
@@ -61,7 +62,9 @@ void lfr_cmvn(py::object in_, py::object shift_, py::object scale_, py::object o
   TensorView shift = call.dense("shift", shift_, {DType::f32}, {"width"});
   TensorView scale = call.dense("scale", scale_, {DType::f32}, {"width"});
   TensorView out = call.dense("out", out_, {DType::f32}, {"rows", "width"});
-  call.expect(in.shape[0] >= 1 && stack >= 1 && stride >= 1, "expected at least one frame, stack and stride");
+  call.expect(in.shape[0] >= 1 && in.shape[1] >= 1, "frames: expected at least one value");
+  call.expect(stack >= 1 && stride >= 1 && stack <= INT32_MAX && stride <= INT32_MAX,
+              "expected a stack and a stride of at least 1");
   call.bind("width", stack * in.shape[1]);
   LfrCmvnParams p{in.ptr<float>(), shift.ptr<float>(), scale.ptr<float>(), out.ptr<float>(),
                   in.shape[0],     in.shape[1],        out.shape[0],       stack,

@@ -9,7 +9,7 @@ namespace ming {
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
-Isa best_isa();         // what this CPU can run (avx512 means F, BW, DQ, VL, BF16 and VNNI)
+Isa best_isa();         // what this CPU can run (avx512 means F, BW, CD, DQ, VL, BF16 and VNNI)
 Isa active_isa();       // best_isa(), unless MING_RT_ISA or set_isa() lowered it
 void set_isa(Isa isa);  // throws std::invalid_argument when the CPU lacks it
 const char* isa_name(Isa isa);

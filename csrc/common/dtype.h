@@ -44,6 +44,25 @@ static inline float to_float(bf16 x) {
   return f;
 }
 
+// IEEE binary16; weights are read from it, nothing is computed or stored in it.
+struct f16 {
+  uint16_t bits;
+};
+static_assert(sizeof(f16) == 2);
+
+static inline float to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude < 0x0400) {  // zero or subnormal: a multiple of 2^-24
+    const float f = float(magnitude) * 5.9604644775390625e-8f;
+    return sign ? -f : f;
+  }
+  const uint32_t u = sign | (magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13
+                                                 : (magnitude << 13) + (uint32_t(112) << 23));
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
 // Round to nearest even; NaN stays NaN.
 static inline bf16 to_bf16(float f) {
   uint32_t u;
@@ -54,14 +73,11 @@ static inline bf16 to_bf16(float f) {
 }
 
 template <typename T>
-T from_float(float f);
-template <>
-inline float from_float<float>(float f) {
-  return f;
-}
-template <>
-inline bf16 from_float<bf16>(float f) {
-  return to_bf16(f);
+static inline T from_float(float f) {
+  if constexpr (sizeof(T) == 4)
+    return f;
+  else
+    return to_bf16(f);
 }
 
 }  // namespace ming

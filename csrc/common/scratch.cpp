@@ -18,16 +18,15 @@ struct Slots {
 
 void* scratch_bytes(int slot, size_t bytes) {
   thread_local Slots slots;
-  if (slots.size[slot] < bytes || !slots.data[slot]) {
-    std::free(slots.data[slot]);
-    slots.size[slot] = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    slots.data[slot] = std::aligned_alloc(4096, slots.size[slot] ? slots.size[slot] : 4096);
-    if (!slots.data[slot]) {
-      slots.size[slot] = 0;
-      throw std::bad_alloc();
-    }
+  void*& data = slots.data[slot];
+  size_t& size = slots.size[slot];
+  if (size < bytes || !data) {
+    std::free(data);
+    size = (bytes + bytes / 4) / 4096 * 4096 + 4096;
+    data = std::aligned_alloc(4096, size);
+    if (!data) throw std::bad_alloc();  // the next request tries again
   }
-  return slots.data[slot];
+  return data;
 }
 
 }  // namespace ming

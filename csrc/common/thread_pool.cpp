@@ -11,7 +11,6 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,12 +26,19 @@ int usable_cores() {
   return n ? int(n) : 1;
 }
 
+constexpr int kMaxThreads = 1024;
+
 int initial_threads() {
-  if (const char* s = std::getenv("MING_RT_THREADS")) {
-    int n = std::atoi(s);
-    if (n >= 1 && n <= 1024) return n;
+  const char* text = std::getenv("MING_RT_THREADS");
+  if (!text || !*text) {
+    const int cores = usable_cores();
+    return cores < kMaxThreads ? cores : kMaxThreads;
   }
-  return usable_cores();
+  char* end = nullptr;
+  const long n = std::strtol(text, &end, 10);
+  if (*end || n < 1 || n > kMaxThreads)
+    throw std::invalid_argument(std::string("MING_RT_THREADS: expected 1..1024, got ") + text);
+  return int(n);
 }
 
 inline void cpu_relax() {
@@ -47,6 +53,8 @@ thread_local bool in_region = false;
 
 class Pool {
  public:
+  explicit Pool(int threads) : wanted_(threads) {}
+
   int threads() const { return wanted_.load(std::memory_order_relaxed); }
   void set_threads(int n) { wanted_.store(n, std::memory_order_relaxed); }
 
@@ -58,10 +66,7 @@ class Pool {
       return;
     }
     std::lock_guard<std::mutex> turn(turn_);
-    while (int(workers_.size()) < want - 1) {
-      workers_.emplace_back([this] { work(); });
-      workers_.back().detach();
-    }
+    for (; workers_ < want - 1; ++workers_) std::thread([this] { work(); }).detach();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       n_ = n;
@@ -123,14 +128,14 @@ class Pool {
   }
 
   static constexpr int kSpins = 20000;  // about 0.2-0.5 ms
-  std::atomic<int> wanted_{initial_threads()};
+  std::atomic<int> wanted_;
   std::mutex turn_, mutex_;
   std::condition_variable wake_;
-  std::vector<std::thread> workers_;
   std::atomic<uint64_t> epoch_{0};
   std::atomic<int> sleepers_{0}, busy_{0};
   std::atomic<int64_t> next_{0};
-  int seats_ = 0;  // helpers the running region still takes in
+  int workers_ = 0;  // started so far; guarded by turn_
+  int seats_ = 0;    // helpers the running region still takes in
   int64_t n_ = 0, grain_ = 1;
   RangeFn fn_{nullptr, nullptr};
   std::exception_ptr error_;
@@ -141,17 +146,14 @@ Pool* instance = nullptr;
 // Leaked on purpose: detached workers may outlive static destruction. A forked child has no workers, so it
 // starts over with a fresh pool.
 Pool& pool() {
-  static Pool* first = [] {
-    instance = new Pool;
+  [[maybe_unused]] static const bool made = [] {
+    instance = new Pool(initial_threads());
     pthread_atfork(nullptr, nullptr, [] {
-      const int threads = instance->threads();
-      instance = new Pool;
-      instance->set_threads(threads);
+      instance = new Pool(instance->threads());
       in_region = false;
     });
-    return instance;
+    return true;
   }();
-  (void)first;
   return *instance;
 }
 
@@ -162,7 +164,7 @@ int num_threads() {
 }
 
 void set_num_threads(int n) {
-  if (n < 1 || n > 1024)
+  if (n < 1 || n > kMaxThreads)
     throw std::invalid_argument("num_threads: expected 1..1024, got " + std::to_string(n));
   pool().set_threads(n);
 }

@@ -1,4 +1,4 @@
-// Square transposes in registers by perfect shuffles: 16x16 bytes and 4x4 floats.
+// Square transposes in registers: 16x16 bytes, 4x4 floats, VF x VF 32-bit words.
 #pragma once
 
 #include "common/simd.h"
@@ -9,6 +9,7 @@ namespace MING_ISA {
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef float Floats4 __attribute__((vector_size(16)));
 
+// By perfect shuffles.
 static inline void transpose(Bytes16* a) {
   Bytes16 b[16];
   for (int stage = 0; stage < 4; ++stage) {
@@ -32,6 +33,62 @@ static inline void transpose(Floats4* a) {
     for (int i = 0; i < 4; ++i) a[i] = b[i];
   }
 }
+
+// A VF x VF block of 32-bit words, whatever they hold.
+#if MING_ISA_AVX512
+static inline void transpose(vf* t) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(t[i].v, t[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(t[i].v, t[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a[i]), _mm512_castps_pd(a[i + 2])));
+    b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a[i]), _mm512_castps_pd(a[i + 2])));
+    b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a[i + 1]), _mm512_castps_pd(a[i + 3])));
+    b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a[i + 1]), _mm512_castps_pd(a[i + 3])));
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+    t[i + 8].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+    t[i + 4].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0x88);
+    t[i + 12].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
+#elif MING_ISA_AVX2
+static inline void transpose(vf* t) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(t[i].v, t[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(t[i].v, t[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    t[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+#else
+static inline void transpose(vf* t) {
+  for (int i = 0; i < VF; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float x = t[i].v[j];
+      t[i].v[j] = t[j].v[i];
+      t[j].v[i] = x;
+    }
+}
+#endif
 
 template <typename T>
 struct TransposeBlock;

@@ -6,8 +6,8 @@
 // Gated weight of gate [I, K] and up [I, K]: ceil(I/32) panels whose columns 0..31 are rows of gate
 // and 32..63 the same rows of up, so that silu(g) * u is formed where both sums already are.
 //
-// linear:         y = round(round(act(sum_k x w + bias)) + residual)        both roundings to the output
-// dtype gated weight:   y = round(silu(gate sum + bias) * (up sum + bias))        fp32 until the one rounding
+//   linear:        y = round(round(act(sum_k x w + bias)) + residual)       rounding to the output dtype
+//   gated weight:  y = round(silu(gate sum + bias) * (up sum + bias))       fp32 until the one rounding
 // Sums are fp32, over k in ascending order (pairs for bfloat16) whatever M, the tile position or the number
 // of threads: a row's result depends on nothing but that row.
 #pragma once
@@ -40,8 +40,8 @@ struct LinearParams {
   const void* x;     // [M, K] of `dtype`, row stride x_stride (rows may overlap)
   const void* w;     // packed, `dtype`
   const void* bias;  // [N], gated: [2N] (gate then up), of `dtype`; or nullptr
-  const void*
-      residual;     // [M, N] of out_dtype, row stride residual_stride, or nullptr; not with a gated weight
+  // [M, N] of out_dtype, row stride residual_stride, or nullptr; not with a gated weight
+  const void* residual;
   void* y;          // [M, N] of out_dtype, row stride y_stride; may alias residual, not x
   int64_t m, n, k;  // n: outputs (I of a gated weight)
   int64_t x_stride, residual_stride, y_stride;

@@ -1,6 +1,7 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/thread_pool.h"
+#include "common/transpose.h"
 #include "ops/gemm/gemm.h"
 #include "ops/gemm/panel.h"
 
@@ -96,37 +97,9 @@ void linear(const LinearParams& p) {
     p.out_dtype == DType::f32 ? linear_typed<bf16, float>(p) : linear_typed<bf16, bf16>(p);
 }
 
-// --- packing
-// -----------------------------------------------------------------------------------------------------
+// --- packing ---
 
 namespace {
-
-struct f16 {
-  uint16_t bits;
-};
-
-float half_to_float(f16 h) {
-  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
-  if (magnitude < 0x0400) {  // zero or subnormal: a multiple of 2^-24
-    const float f = float(magnitude) * 5.9604644775390625e-8f;
-    return sign ? -f : f;
-  }
-  const uint32_t u = sign | (magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13
-                                                 : (magnitude << 13) + (uint32_t(112) << 23));
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-
-inline float scalar(float x) {
-  return x;
-}
-inline float scalar(bf16 x) {
-  return to_float(x);
-}
-inline float scalar(f16 x) {
-  return half_to_float(x);
-}
 
 inline vf load_source(const float* p) {
   return vload(p);
@@ -141,7 +114,7 @@ inline vf load_source(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 #else
   float tmp[VF];
-  for (int i = 0; i < VF; ++i) tmp[i] = half_to_float(p[i]);
+  for (int i = 0; i < VF; ++i) tmp[i] = to_float(p[i]);
   return vload(tmp);
 #endif
 }
@@ -150,57 +123,25 @@ template <typename S, typename T>
 void convert(const S* from, T* to, int64_t n) {
   int64_t i = 0;
   for (; i + VF <= n; i += VF) vstore(to + i, load_source(from + i));
-  for (; i < n; ++i) to[i] = from_float<T>(scalar(from[i]));
+  for (; i < n; ++i) to[i] = from_float<T>(to_float(from[i]));
 }
 
-// 32-bit words: to[i][r] = from[r][i] for r < 64, i < n (n rounded up to 16 is readable in `from`).
-void transpose_words(const uint32_t* from, int64_t stride, uint32_t* to, int64_t n) {
-#if MING_ISA_AVX512
-  for (int r = 0; r < kPanelColumns; r += 16) {
-    for (int64_t i = 0; i < n; i += 16) {
-      __m512i a[16], b[16];
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) a[j] = _mm512_loadu_si512(from + (r + j) * stride + i);
-#pragma GCC unroll 8
-      for (int j = 0; j < 16; j += 2) {
-        b[j] = _mm512_unpacklo_epi32(a[j], a[j + 1]);
-        b[j + 1] = _mm512_unpackhi_epi32(a[j], a[j + 1]);
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < 16; j += 4) {
-        a[j] = _mm512_unpacklo_epi64(b[j], b[j + 2]);
-        a[j + 1] = _mm512_unpackhi_epi64(b[j], b[j + 2]);
-        a[j + 2] = _mm512_unpacklo_epi64(b[j + 1], b[j + 3]);
-        a[j + 3] = _mm512_unpackhi_epi64(b[j + 1], b[j + 3]);
-      }
-      // Word i of a group of four words now sits in lane i / 4 of the rows 4g + i % 4.
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        b[j] = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88);
-        b[j + 4] = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
-        b[j + 8] = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
-        b[j + 12] = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        a[j] = _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88);
-        a[j + 8] = _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd);
-        a[j + 4] = _mm512_shuffle_i32x4(b[j + 4], b[j + 12], 0x88);
-        a[j + 12] = _mm512_shuffle_i32x4(b[j + 4], b[j + 12], 0xdd);
-      }
-      const int count = n - i < 16 ? int(n - i) : 16;
-      if (count == 16) {
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; ++j) _mm512_store_si512(to + (i + j) * kPanelColumns + r, a[j]);
-      } else {
-        for (int j = 0; j < count; ++j) _mm512_store_si512(to + (i + j) * kPanelColumns + r, a[j]);
-      }
+// Of 32-bit words: to[i][r] = from[r][i] for r < 64, i < n; n rounded up to VF is readable in `from`.
+void transpose_words(const void* from, int64_t stride, void* to, int64_t n) {
+  const char* in = static_cast<const char*>(from);
+  char* out = static_cast<char*>(to);
+  for (int r = 0; r < kPanelColumns; r += VF)
+    for (int64_t i = 0; i < n; i += VF) {
+      vf t[VF];
+      for (int j = 0; j < VF; ++j) std::memcpy(&t[j], in + 4 * ((r + j) * stride + i), sizeof(vf));
+      transpose(t);
+      // A fixed number of stores keeps the block in registers.
+      char* to_row = out + 4 * (i * kPanelColumns + r);
+      if (n - i >= VF)
+        for (int j = 0; j < VF; ++j) std::memcpy(to_row + 4 * j * kPanelColumns, &t[j], sizeof(vf));
+      else
+        for (int j = 0; j < n - i; ++j) std::memcpy(to_row + 4 * j * kPanelColumns, &t[j], sizeof(vf));
     }
-  }
-#else
-  for (int64_t i = 0; i < n; ++i)
-    for (int r = 0; r < kPanelColumns; ++r) to[i * kPanelColumns + r] = from[r * stride + i];
-#endif
 }
 
 // One panel: rows are converted chunk by chunk into a small buffer and turned from there, so that source and
@@ -211,8 +152,8 @@ void pack_panel(const PackParams& p, int64_t panel) {
   constexpr int64_t kWords = 128;              // the same in 32-bit words
   constexpr int64_t kStride = kWords + 16;     // not a power of two: 64 rows would share few cache sets
   constexpr int64_t kPerWord = 4 / sizeof(T);
-  uint32_t* buffer = scratch<uint32_t>(0, kPanelColumns * kStride);
-  uint32_t* out = static_cast<uint32_t*>(p.packed) + panel * (panel_size(p.dtype, p.k) / kPerWord);
+  T* buffer = scratch<T>(0, kPanelColumns * kStride * kPerWord);
+  T* out = static_cast<T*>(p.packed) + panel * panel_size(p.dtype, p.k);
   const int64_t outputs = panel_outputs(p.gated);
   for (int64_t k = 0; k < p.k; k += kChunk) {
     const int64_t count = p.k - k < kChunk ? p.k - k : kChunk;
@@ -220,15 +161,15 @@ void pack_panel(const PackParams& p, int64_t panel) {
     for (int r = 0; r < kPanelColumns; ++r) {
       const int which = r >= outputs;
       const int64_t row = panel * outputs + r - which * outputs;
-      T* line = reinterpret_cast<T*>(buffer + r * kStride);
+      T* line = buffer + r * kStride * kPerWord;
       if (row >= p.n) {
         std::memset(line, 0, size_t(words) * 4);
         continue;
       }
-      if (count % kPerWord) buffer[r * kStride + words - 1] = 0;
       convert(static_cast<const S*>(p.source[which]) + row * p.source_stride[which] + k, line, count);
+      if (count % kPerWord) line[count] = T{};
     }
-    transpose_words(buffer, kStride, out + k / kPerWord * kPanelColumns, words);
+    transpose_words(buffer, kStride, out + k * kPanelColumns, words);
   }
 }
 

@@ -2,8 +2,7 @@
 //
 //   resize_u8:      each pass  out = clamp((sum_k weight[k] * in[start + k] + 2^21) >> 22, 0, 255)
 //   resize_frames:  each pass  out = sum_k weight[k] * in[start + k] in float32; uint8 results are clamped
-//   and
-//                   rounded half to even once, at the end
+//                   (NaN to 0) and rounded half to even once, at the end
 //   patchify:       row[c][t][y][x] = (float(pixel * (1/255)) - mean[c]) / std[c], the product in float64
 //
 // Pictures are dense [T, H, W, C], C = 1..4. The horizontal pass comes first. Every output has `taps`

@@ -91,7 +91,11 @@ struct Floats {
     _mm256_storeu_ps(to, a);
     _mm256_storeu_ps(to + 8, b);
   }
-  void store(uint8_t* to) const { store_bytes(to, _mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b)); }
+  void store(uint8_t* to) const { store_bytes(to, rounded(a), rounded(b)); }
+  // Clamped first: out of int32's range the conversion would give its minimum. NaN becomes 0.
+  static __m256i rounded(__m256 v) {
+    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v, _mm256_setzero_ps()), _mm256_set1_ps(255.0f)));
+  }
 };
 
 #else
@@ -124,7 +128,7 @@ struct Floats {
   void store(float* to) const { std::memcpy(to, v, sizeof(v)); }
   void store(uint8_t* to) const {
     for (int i = 0; i < L; ++i) {
-      const float x = v[i] < 0.0f ? 0.0f : v[i] > 255.0f ? 255.0f : v[i];
+      const float x = !(v[i] > 0.0f) ? 0.0f : v[i] > 255.0f ? 255.0f : v[i];  // NaN becomes 0
       to[i] = uint8_t(int32_t((x + 12582912.0f) - 12582912.0f));  // 1.5 * 2^23: rounds half to even
     }
   }
@@ -188,7 +192,7 @@ template <typename A, typename S, typename D>
 void vertical(const S* src, D* dst, int64_t frames, int64_t width, const ResizeParams& p) {
   using Weight = typename WeightOf<A>::type;
   const int64_t taps = p.y.taps;
-  parallel_for(frames * p.out_h, 1 + 65536 / (width * taps), [&](int64_t begin, int64_t end) {
+  parallel_for(frames * p.out_h, grain_of(width * taps / 4), [&](int64_t begin, int64_t end) {
     // Rows shorter than one vector are computed in a padded copy.
     S* narrow = width < L ? scratch<S>(0, taps * L) : nullptr;
     for (int64_t i = begin; i < end; ++i) {

@@ -15,15 +15,15 @@ namespace ming {
 
 enum class RouterKind : int32_t { softmax, grouped_sigmoid };
 
+constexpr int kMaxRouted = 256;  // the most experts of a token, and groups of experts
+
 // logits[t] = x[t] W_r^T in fp32, r = modality[t] (0 where modality is absent); then
-//   softmax:          s = softmax(logits);             choose the top_k largest s;              w = s[chosen]
-//   grouped_sigmoid:  s = sigmoid(logits); b = s + bias_r; a group's score is the sum of its two largest b;
-//   only
-//                     the topk_group best groups stay;  choose the top_k largest b among them;   w =
-//                     s[chosen]
-// w /= sum(w) (softmax, if normalize) or sum(w) + 1e-20 (grouped_sigmoid), both only if top_k > 1; w *=
-// scaling. Ties go to the lower id, NaN scores count as -infinity. The chosen ids are stored in ascending
-// order.
+//   softmax:          s = softmax(logits); choose the top_k largest s
+//   grouped_sigmoid:  s = sigmoid(logits), b = s + bias_r; a group's score is the sum of its two largest b;
+//                     choose the top_k largest b among the experts of the topk_group best groups
+// w = s[chosen]; if top_k > 1, w /= sum(w) (softmax, if normalize) or sum(w) + 1e-20 (grouped_sigmoid);
+// w *= scaling. Ties go to the lower id, NaN scores count as -infinity. The chosen ids are stored in
+// ascending order.
 struct MoeRouteParams {
   const void* x;            // [N, H] of `dtype`, row stride x_stride
   const float* routers;     // [R] packed float32 weights of [E, H]
@@ -33,8 +33,8 @@ struct MoeRouteParams {
   float* topk_weights;      // [N, top_k]
   float* logits;            // [N, E]
   int64_t tokens, hidden, x_stride;
-  int32_t experts, routers_count, top_k;  // top_k <= experts in the kept groups
-  int32_t n_group, topk_group;            // grouped_sigmoid: E divisible by n_group, at least two per group
+  int32_t experts, routers_count, top_k;  // top_k <= kMaxRouted and <= experts in the kept groups
+  int32_t n_group, topk_group;  // grouped_sigmoid: n_group <= kMaxRouted divides E, at least two per group
   float scaling;
   DType dtype;
   RouterKind kind;
@@ -50,13 +50,14 @@ struct MoePermuteParams {
   int32_t experts;
 };
 
-// grouped_gemm_swiglu: y[i] = silu(g) * u with g, u = the products of x[rows[i] / top_k] and its expert's
-// gate and up grouped_gemm_down:   y[rows[i]] = x[i] W_e^T for every place i in [offsets[e], offsets[e + 1]).
+// For every place i in [offsets[e], offsets[e + 1]) of the grouped order:
+//   grouped_gemm_swiglu:  y[i] = silu(g) * u, where g, u = x[rows[i] / top_k] times gate and up of expert e
+//   grouped_gemm_down:    y[rows[i]] = x[i] W_e^T
 // Sums as in gemm.h, one rounding.
 struct GroupedGemmParams {
   const void* x;           // [tokens, K] or [slots, K], row stride x_stride
   const void* w;           // [experts] packed weights, gated (N outputs) for swiglu
-  const int32_t* rows;     // [slots]
+  const int32_t* rows;     // [slots], each slot once
   const int32_t* offsets;  // [experts + 1]
   void* y;                 // [slots, N], row stride y_stride; not x
   int64_t slots, n, k, x_stride, y_stride;

@@ -46,8 +46,7 @@ void for_groups(const Group* groups, int count, int64_t items, int64_t panels, i
   });
 }
 
-// --- routing
-// -----------------------------------------------------------------------------------------------------
+// --- routing ---
 
 const float* as_float(const float* row, int64_t, float*) {
   return row;
@@ -96,7 +95,7 @@ void route_logits(const MoeRouteParams& p) {
 
 // The ids of the k largest of n scores, in descending order of score; ties and NaN as moe.h says.
 void choose(const float* scores, int n, int k, int32_t* ids) {
-  float best[256];
+  float best[kMaxRouted];
   int count = 0;
   for (int e = 0; e < n; ++e) {
     const float score = scores[e] == scores[e] ? scores[e] : kNegInf;
@@ -137,8 +136,8 @@ void softmax_scores(const float* logits, float* scores, int n) {
 // biased[e] = -infinity outside the topk_group best groups
 void mask_groups(const MoeRouteParams& p, float* biased) {
   const int size = p.experts / p.n_group;
-  float group_scores[256] = {};
-  int32_t kept[256];
+  float group_scores[kMaxRouted] = {};
+  int32_t kept[kMaxRouted];
   for (int g = 0; g < p.n_group; ++g) {
     float first = kNegInf, second = kNegInf;
     for (int e = g * size; e < (g + 1) * size; ++e) {
@@ -188,8 +187,7 @@ void route_token(const MoeRouteParams& p, int64_t token, float* scores, float* b
   }
 }
 
-// --- grouped products
-// --------------------------------------------------------------------------------------------
+// --- grouped products ---
 
 template <typename T, bool kGated>
 void grouped_gemm(const GroupedGemmParams& p) {
@@ -242,7 +240,7 @@ void combine_row(const MoeCombineParams& p, int64_t token) {
 
 void moe_route(const MoeRouteParams& p) {
   p.dtype == DType::f32 ? route_logits<float>(p) : route_logits<bf16>(p);
-  parallel_for(p.tokens, 1 + 4096 / p.experts, [&](int64_t begin, int64_t end) {
+  parallel_for(p.tokens, grain_of(4 * int64_t(p.experts)), [&](int64_t begin, int64_t end) {
     float* scores = scratch<float>(kScoreScratch, 2 * int64_t(p.experts));
     for (int64_t token = begin; token < end; ++token) route_token(p, token, scores, scores + p.experts);
   });
@@ -268,7 +266,7 @@ void grouped_gemm_down(const GroupedGemmParams& p) {
 }
 
 void moe_combine(const MoeCombineParams& p) {
-  parallel_for(p.tokens, 1 + 16384 / (p.hidden * (p.top_k + 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(p.tokens, grain_of(p.hidden * (p.top_k + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token)
       p.dtype == DType::f32 ? combine_row<float>(p, token) : combine_row<bf16>(p, token);
   });

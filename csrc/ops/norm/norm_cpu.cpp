@@ -6,11 +6,6 @@ namespace ming {
 namespace MING_ISA {
 namespace {
 
-// Rows per chunk so that a chunk is worth handing to another thread.
-int64_t row_grain(int64_t dim) {
-  return 1 + 16384 / (dim + 1);
-}
-
 // The sum over a row of the vectors at(i, elements left), in one fixed order.
 template <typename F>
 float row_sum(int64_t dim, F&& at) {
@@ -78,14 +73,14 @@ void layer_norm_row(const LayerNormParams& p, int64_t row) {
 }  // namespace
 
 void rms_norm(const RmsNormParams& p) {
-  parallel_for(p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) {
+  parallel_for(p.rows, grain_of(p.dim), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       p.dtype == DType::f32 ? rms_norm_row<float>(p, row) : rms_norm_row<bf16>(p, row);
   });
 }
 
 void layer_norm(const LayerNormParams& p) {
-  parallel_for(p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) {
+  parallel_for(p.rows, grain_of(p.dim), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       p.dtype == DType::f32 ? layer_norm_row<float>(p, row) : layer_norm_row<bf16>(p, row);
   });

@@ -35,7 +35,7 @@ struct RopeAppendParams {
   const float* sin;      // [N, F]
   void* k_pages;         // [P, Hkv, page, D] dense
   void* v_pages;         // [P, Hkv, page, D] dense
-  const int64_t* slots;  // [N], each in [0, P * page)
+  const int64_t* slots;  // [N], each in [0, P * page), no two alike
   const void* q_norm;    // [D] of dtype, or nullptr; given exactly when k_norm is
   const void* k_norm;    // [D] of dtype, or nullptr
   void* q;               // [N, Hq, D] dense

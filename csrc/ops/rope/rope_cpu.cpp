@@ -128,7 +128,7 @@ void append_token(const RopeAppendParams& p, int64_t n, T* normed) {
 template <typename T, typename Page>
 void append(const RopeAppendParams& p) {
   const int64_t width = (p.heads + 2 * p.kv_heads) * p.head_dim;
-  parallel_for(p.tokens, 1 + 16384 / (width + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(p.tokens, grain_of(width), [&](int64_t begin, int64_t end) {
     T* normed = scratch<T>(1, p.head_dim);
     for (int64_t n = begin; n < end; ++n) append_token<T, Page>(p, n, normed);
   });
@@ -136,7 +136,7 @@ void append(const RopeAppendParams& p) {
 
 template <typename T>
 void rotate_in_place(const RopeQkParams& p) {
-  parallel_for(p.tokens, 1 + 16384 / (2 * p.heads * p.head_dim + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(p.tokens, grain_of(2 * p.heads * p.head_dim), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       for (int64_t h = 0; h < 2 * p.heads; ++h) {
         T* x = static_cast<T*>(p.qkv) + n * p.qkv_stride + h * p.head_dim;
@@ -152,7 +152,7 @@ void rope_table(const RopeTableParams& p) {
   float* weight = scratch<float>(0, 3 * row);
   for (int64_t i = 0; i < 3 * row; ++i)
     weight[i] = i % row < p.freqs && p.axis[i % row] == i / row ? 1.0f : 0.0f;
-  parallel_for(p.tokens, 1 + 4096 / (p.freqs + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(p.tokens, grain_of(4 * p.freqs), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) table_row(p, weight, n);
   });
 }

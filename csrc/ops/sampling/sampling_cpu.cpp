@@ -17,7 +17,7 @@ int64_t chunks_of(int64_t n) {
 // Calls ban(id) for every id that would complete an n-gram of the history.
 template <typename Ban>
 void each_ngram_ban(const int64_t* history, int64_t length, int64_t n, Ban&& ban) {
-  if (n <= 0) return;
+  if (n <= 0 || n > length) return;
   const int64_t* last = history + length - (n - 1);
   for (int64_t i = 0; i + n <= length; ++i) {
     int64_t same = 0;

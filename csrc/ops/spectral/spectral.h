@@ -7,8 +7,8 @@
 //   fbank:     frame t = 32768 * samples t*160 .. t*160+399; minus its mean; y_i = x_i - 0.97 x_{i-1}, where
 //              x_{-1} = x_0; times window; zero-padded to 512; power (257 bins);
 //              out = ln(max(filters * power, floor))
-//   lfr_cmvn:  out[q][i * D + d] = (in[clamp(stride*q + i - (stack-1)/2, 0, T-1)][d] + shift[i*D+d]) *
-//   scale[..]
+//   lfr_cmvn:  t = clamp(stride * q + i - (stack - 1) / 2, 0, T - 1)
+//              out[q][i * D + d] = (in[t][d] + shift[i * D + d]) * scale[i * D + d]
 //
 // Tensors are float32; the DFT runs in float64.
 #pragma once

@@ -137,13 +137,16 @@ inline Complex operator+(Complex a, Complex b) {
 inline Complex operator-(Complex a, Complex b) {
   return {a.re - b.re, a.im - b.im};
 }
+// a - i b
 inline Complex minus_i(Complex a, Complex b) {
   return {a.re + b.im, a.im - b.re};
-}  // a - i b
+}
+// a + i b
 inline Complex plus_i(Complex a, Complex b) {
   return {a.re - b.im, a.im + b.re};
-}  // a + i b
-inline Complex scaled(Complex a, double k, Complex plus) {  // k a + plus
+}
+// k a + plus
+inline Complex scaled(Complex a, double k, Complex plus) {
   return {dfma(a.re, dset(k), plus.re), dfma(a.im, dset(k), plus.im)};
 }
 inline Complex scaled(Complex a, double k) {
@@ -241,7 +244,7 @@ void log_array(float* x, int64_t n) {
     int32_t u;
     std::memcpy(&u, &x[i], 4);
     const int32_t e = (u - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-    const int32_t bits = u - (e << 23);
+    const uint32_t bits = uint32_t(u) - (uint32_t(e) << 23);
     float r;
     std::memcpy(&r, &bits, 4);
     r -= 1.0f;
@@ -378,7 +381,7 @@ void fbank(const MelParams& p) {
 
 void resample(const ResampleParams& p) {
   const int64_t rounds = (p.outputs + p.phases - 1) / p.phases;
-  parallel_for(rounds, 1 + 65536 / (p.phases * p.taps), [&](int64_t begin, int64_t end) {
+  parallel_for(rounds, grain_of(p.phases * p.taps / 4), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       const int64_t left = p.outputs - j * p.phases, phases = left < p.phases ? left : p.phases;
       for (int64_t phase = 0; phase < phases; ++phase) {
@@ -394,7 +397,7 @@ void resample(const ResampleParams& p) {
 
 void lfr_cmvn(const LfrCmvnParams& p) {
   const int64_t left = (p.stack - 1) / 2, width = p.stack * p.dim;
-  parallel_for(p.rows, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
+  parallel_for(p.rows, grain_of(width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t i = 0; i < p.stack; ++i) {
         int64_t frame = row * p.stride + i - left;
