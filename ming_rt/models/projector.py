@@ -37,10 +37,7 @@ class AudioProjector:
         """Tokens made of so many encoder features."""
         return self.conv.length(features)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, T, inputs]`` -> ``[B, length(T), hidden]``."""
         acts = ["gelu"] * len(self.layers) + [None]
         x = self.conv(x, act=acts[0])

@@ -64,7 +64,17 @@ class Layer:
         batch: Batch,
         tap: Tap,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x`` is the normed input of this layer; returns its output and the residual to add it to."""
+        """One layer over ``N`` packed tokens.
+
+        Args:
+            x: ``[N, H]``, the normed ``residual``.
+            residual: ``[N, H]``, the stream before this layer.
+            rope: cos and sin of ``ops.rope_table``.
+            k_pages, v_pages: this layer's part of the KV cache, appended to.
+
+        Returns:
+            The feed-forward output and the residual to add it to, both ``[N, H]``.
+        """
         x = self.attention(x, rope, k_pages, v_pages, batch, tap)
         tap("attn_out", x)
         x, residual = self.post_norm.add(x, residual)

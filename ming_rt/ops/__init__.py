@@ -2,6 +2,9 @@
 
 Beside each ``op`` stands ``op_torch``: the same contract as a plain torch composition, which is the readable
 definition, the reference of the tests and the baseline of the benches.
+
+Tensors live on the CPU. An op refuses a wrong dtype, shape, layout or value with a ``ValueError`` that names
+the op, what was expected and what it got.
 """
 
 from __future__ import annotations

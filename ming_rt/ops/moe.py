@@ -243,9 +243,8 @@ def moe_permute_torch(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     return flat.argsort(stable=True).int(), offsets.int()
 
 
-PlainExperts = list[
-    tuple[Tensor, Tensor]
-]  # per expert: gate and up [2 * width, hidden], down [hidden, width]
+# Per expert: gate and up [2 * width, hidden], down [hidden, width].
+PlainExperts = list[tuple[Tensor, Tensor]]
 
 
 def _plain(experts: ExpertWeights | PlainExperts) -> PlainExperts:

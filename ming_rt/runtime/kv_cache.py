@@ -169,13 +169,6 @@ class PagePool:
                 else:
                     self._idle[page] = None
 
-    def drop_idle(self) -> None:
-        """Forget every reusable page that no sequence references."""
-        while self._idle:
-            page, _none = self._idle.popitem()
-            self._forget(page)
-            self._empty.append(page)
-
     def _forget(self, page: int) -> None:
         key = self._key[page]
         if key is not None:

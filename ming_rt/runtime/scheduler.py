@@ -71,10 +71,10 @@ class Scheduler:
         for request in list(self.running):
             if budget == 0:
                 break
+            if request not in self.running:  # preempted a moment ago, for an older one
+                continue
             stop = request.num_computed + min(request.remaining, budget)
-            if request in self.running and self._grow(
-                request, stop
-            ):  # may have been preempted for an older one
+            if self._grow(request, stop):
                 chunks.append(Chunk(request, request.num_computed, stop))
                 budget -= stop - request.num_computed
         if self.preemptions == before:
