@@ -7,6 +7,7 @@
 import fcntl
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,7 @@ CSRC = ROOT / "csrc"
 
 COMMON_FLAGS = [
     "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-    "-Wall", "-Wextra", "-Werror=return-type", f"-I{CSRC}", f"-I{ROOT / 'third_party'}",
+    "-Wall", "-Wextra", "-Werror=return-type",
 ]  # fmt: skip
 # gcc 12 reports its own intrinsics headers as possibly uninitialised.
 ISA_FLAGS = {
@@ -34,7 +35,13 @@ ISA_FLAGS = {
 
 
 def ninja_escape(path):
+    """A path in a build line; ninja itself quotes it for the shell."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def include_flag(flag, path):
+    """An option with a path, quoted for the shell, in a ninja variable."""
+    return f"{flag} {shlex.quote(str(path))}".replace("$", "$$")
 
 
 class NinjaBuild(build_ext):
@@ -51,8 +58,9 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
 
         isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
-        includes = [
-            f"-isystem {ninja_escape(p)}" for p in (pybind11.get_include(), sysconfig.get_path("include"))
+        own = [include_flag("-I", p) for p in (CSRC, ROOT / "third_party")]
+        python = [
+            include_flag("-isystem", p) for p in (pybind11.get_include(), sysconfig.get_path("include"))
         ]
         edges, objects = [], []
 
@@ -63,7 +71,7 @@ class NinjaBuild(build_ext):
         for source in sorted(CSRC.glob("common/*.cpp")):
             compile_edge(source, f"common_{source.stem}.o", [])
         for source in sorted(CSRC.glob("binding/*.cpp")):
-            compile_edge(source, f"binding_{source.stem}.o", includes)
+            compile_edge(source, f"binding_{source.stem}.o", python)
         # The baseline build is linked first: of an inline function that several builds emit, the linker keeps
         # the first copy, which must be one that every CPU can run.
         for isa, flags in isas.items():
@@ -73,7 +81,7 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", "c++")
         text = f"""
 cxx = {cxx}
-common = {" ".join(COMMON_FLAGS)} {os.environ.get("CXXFLAGS", "")}
+common = {" ".join([*COMMON_FLAGS, *own])} {os.environ.get("CXXFLAGS", "")}
 rule cxx
   command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
