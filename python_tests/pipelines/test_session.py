@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -252,9 +253,17 @@ def test_several_sessions_live_side_by_side(checkpoint, session):
     other.close()
 
 
-def test_closing_ends_running_requests(checkpoint):
+def test_closing_ends_running_requests(checkpoint, monkeypatch):
     session = load(checkpoint("v1.5"))
-    stream = session.chat(user("Hi"), stream=True, max_tokens=2000, temperature=1.0)
+    thinker = session._engine._worker.model.thinker
+    forward = thinker.forward
+
+    def slow(*arguments):
+        time.sleep(0.01)  # on a busy machine the answer could otherwise be over before the close
+        return forward(*arguments)
+
+    monkeypatch.setattr(thinker, "forward", slow)
+    stream = session.chat(user("Hi"), stream=True, max_tokens=2000)
     next(stream)
     session.close()
     with pytest.raises(EngineClosedError):
