@@ -90,6 +90,17 @@ static inline void transpose(vf* t) {
 }
 #endif
 
+// Transposes t and stores its first `count` rows (VF or more: all) at `to`, `stride` words apart.
+static inline void store_transposed(vf* t, void* to, int64_t stride, int64_t count) {
+  transpose(t);
+  char* at = static_cast<char*>(to);
+  // A fixed number of stores keeps the block in registers.
+  if (count >= VF)
+    for (int j = 0; j < VF; ++j) std::memcpy(at + 4 * j * stride, &t[j], sizeof(vf));
+  else
+    for (int j = 0; j < count; ++j) std::memcpy(at + 4 * j * stride, &t[j], sizeof(vf));
+}
+
 template <typename T>
 struct TransposeBlock;
 template <>

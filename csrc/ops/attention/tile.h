@@ -195,12 +195,11 @@ struct Kernel {
   static void pack_k(float* to, const T* const* rows, int n, int dim, const T* const* next) {
     for (int i = 0; i < n; i += VF)
       for (int d = 0; d < dim; d += VF) {
-        const int w = dim - d < VF ? dim - d : VF;
+        const int w = dim - d;
         vf t[VF];
         for (int j = 0; j < VF; ++j) t[j] = i + j >= n ? vzero() : vload_n(rows[i + j] + d, w);
-        transpose(t);
         for (int j = 0; j < VF; ++j) prefetch(next[i + j] + d);
-        for (int j = 0; j < w; ++j) vstore(to + int64_t(d + j) * kBlock + i, t[j]);
+        store_transposed(t, to + int64_t(d) * kBlock + i, kBlock, w);
       }
   }
   // to[i, d] = rows[i][d], zero padded to dp; returns the depth of the product in units
@@ -242,14 +241,12 @@ struct Kernel<bf16> {
     const int total = units(dim);
     for (int i = 0; i < n; i += VF)
       for (int u = 0; u < total; u += VF) {
-        const int w = total - u < VF ? total - u : VF;
         vf t[VF];
         for (int j = 0; j < VF; ++j)
           t[j].v = i + j >= n ? _mm512_setzero_ps()
                               : _mm512_castsi512_ps(load32(rows[i + j] + 2 * u, dim - 2 * u));
-        transpose(t);
         for (int j = 0; j < VF; ++j) prefetch(next[i + j] + 2 * u);
-        for (int j = 0; j < w; ++j) vstore(to + int64_t(u + j) * kBlock + i, t[j]);
+        store_transposed(t, to + int64_t(u) * kBlock + i, kBlock, total - u);
       }
   }
   static int pack_v(float* to, const bf16* const* rows, int n, int dim, int dp, const bf16* const* next) {

@@ -134,13 +134,7 @@ void transpose_words(const void* from, int64_t stride, void* to, int64_t n) {
     for (int64_t i = 0; i < n; i += VF) {
       vf t[VF];
       for (int j = 0; j < VF; ++j) std::memcpy(&t[j], in + 4 * ((r + j) * stride + i), sizeof(vf));
-      transpose(t);
-      // A fixed number of stores keeps the block in registers.
-      char* to_row = out + 4 * (i * kPanelColumns + r);
-      if (n - i >= VF)
-        for (int j = 0; j < VF; ++j) std::memcpy(to_row + 4 * j * kPanelColumns, &t[j], sizeof(vf));
-      else
-        for (int j = 0; j < n - i; ++j) std::memcpy(to_row + 4 * j * kPanelColumns, &t[j], sizeof(vf));
+      store_transposed(t, out + 4 * (i * kPanelColumns + r), kPanelColumns, n - i);
     }
 }
 
