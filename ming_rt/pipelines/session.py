@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -133,6 +133,9 @@ class Session:
                 )
         if not isinstance(limits, Limits):
             raise InvalidRequestError(f"limits: expected Limits, got {shown(limits)}")
+        options = EngineOptions(
+            page_size=PAGE_SIZE, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
         directory = model_directory(path)
         config = OmniConfig.from_dir(directory)
         thinker = config.thinker
@@ -143,9 +146,7 @@ class Session:
         bar = ProgressBar("loading") if progress else None
         model = weights.load(lambda src: Omni(config, src), Checkpoint(directory), compute, progress=bar)
 
-        options = _engine_options(
-            thinker, compute, kv_bytes, max_model_len, max_num_seqs, max_num_batched_tokens
-        )
+        options = _with_pages(options, thinker, compute, kv_bytes, max_model_len)
         self._engine = Engine(model, tokenizer, tokenizer.stop_ids(config.generation), compute, options)
         self._config = config
         self._closed = False
@@ -312,15 +313,14 @@ def _page_bytes(thinker: ThinkerConfig, dtype: torch.dtype) -> int:
     )
 
 
-def _engine_options(
+def _with_pages(
+    options: EngineOptions,
     thinker: ThinkerConfig,
     dtype: torch.dtype,
     kv_bytes: int | None,
     max_model_len: int | None,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
 ) -> EngineOptions:
-    """Sizes of the engine, from what was asked for and, for the KV cache, the memory free now."""
+    """The options with the KV cache sized by what was asked for and the memory free now."""
     per_page = _page_bytes(thinker, dtype)
     length = max_model_len or thinker.rope.max_position_embeddings
     needed = -(-length // PAGE_SIZE) * per_page
@@ -331,13 +331,7 @@ def _engine_options(
             f"max_model_len: {max_model_len} tokens need {needed} bytes of KV cache, got {budget}; "
             "expected a larger kv_bytes or fewer tokens"
         )
-    return EngineOptions(
-        num_pages=max(budget // per_page, 1),
-        page_size=PAGE_SIZE,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=length,
-    )
+    return replace(options, num_pages=max(budget // per_page, 1), max_model_len=length)
 
 
 def _check_names(options: Mapping[str, Any], known: Sequence[str]) -> None:
