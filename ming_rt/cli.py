@@ -83,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument("--thinking", action="store_true", help="ask the model to reason before it answers")
+    chat.add_argument(
+        "--use-whisper-encoder", action="store_true", help="v1: hear through Whisper instead of SANM"
+    )
     _add_sampling_options(chat)
 
     transcribe = _command(commands, "transcribe", run_transcribe, "write down what is said in a recording")
@@ -202,8 +205,7 @@ def _stats(done: Done | Transcript) -> str:
 def run_chat(arguments: argparse.Namespace) -> int:
     """``ming-rt chat``: one question, or a conversation read from the terminal."""
     options = _sampling(arguments)
-    if arguments.thinking:
-        options["thinking"] = True
+    options |= {name: True for name in ("thinking", "use_whisper_encoder") if getattr(arguments, name)}
     start = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
     parts = [
         {"type": kind, kind: path}
