@@ -44,6 +44,25 @@ def include_flag(flag, path):
     return f"{flag} {shlex.quote(str(path))}".replace("$", "$$")
 
 
+def cpu_objects(python):
+    """The objects of ``ming_rt._cpu`` as (source, object file, flags); ``python`` are the binding's includes."""
+    for source in sorted(CSRC.glob("common/*.cpp")):
+        yield source, f"common_{source.stem}.o", []
+    for source in sorted(CSRC.glob("binding/*.cpp")):
+        yield source, f"binding_{source.stem}.o", python
+    # The baseline build is linked first: of an inline function that several builds emit, the linker keeps
+    # the first copy, which must be one that every CPU can run.
+    for isa, flags in ISA_FLAGS.items():
+        if isa == "portable" or platform.machine() in ("x86_64", "AMD64"):
+            for source in sorted(CSRC.glob("ops/*/*_cpu.cpp")):
+                yield source, f"{source.stem}_{isa}.o", [*flags, f"-DMING_ISA={isa}"]
+
+
+# Native modules and what they are linked from. A module that needs another compiler joins here, under the
+# condition that the compiler exists.
+MODULES = {"ming_rt._cpu": cpu_objects}
+
+
 class NinjaBuild(build_ext):
     """Compiles csrc/ through a generated build.ninja: parallel, incremental, with header dependencies."""
 
@@ -53,30 +72,18 @@ class NinjaBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        tag = f"{ext.name}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build = ROOT / "build" / f"ninja-{tag}"
         build.mkdir(parents=True, exist_ok=True)
 
-        isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
         own = [include_flag("-I", p) for p in (CSRC, ROOT / "third_party")]
         python = [
             include_flag("-isystem", p) for p in (pybind11.get_include(), sysconfig.get_path("include"))
         ]
-        edges, objects = [], []
-
-        def compile_edge(source, name, flags):
+        objects, edges = [], []
+        for source, name, flags in MODULES[ext.name](python):
             objects.append(name)
             edges.append(f"build {name}: cxx {ninja_escape(source)}\n  flags = {' '.join(flags)}")
-
-        for source in sorted(CSRC.glob("common/*.cpp")):
-            compile_edge(source, f"common_{source.stem}.o", [])
-        for source in sorted(CSRC.glob("binding/*.cpp")):
-            compile_edge(source, f"binding_{source.stem}.o", python)
-        # The baseline build is linked first: of an inline function that several builds emit, the linker keeps
-        # the first copy, which must be one that every CPU can run.
-        for isa, flags in isas.items():
-            for source in sorted(CSRC.glob("ops/*/*_cpu.cpp")):
-                compile_edge(source, f"{source.stem}_{isa}.o", [*flags, f"-DMING_ISA={isa}"])
 
         cxx = os.environ.get("CXX", "c++")
         text = f"""
@@ -103,13 +110,13 @@ default {ninja_escape(target)}
 
 
 setup(
-    ext_modules=[Extension("ming_rt._cpu", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": NinjaBuild},
     packages=[
         "ming_rt",
         "ming_rt.bench",
         "ming_rt.bench.ops",
-        *(f"ming_rt.{p.parent.name}" for p in ROOT.glob("ming_rt/*/__init__.py")),
+        *(f"ming_rt.{p.parent.name}" for p in sorted(ROOT.glob("ming_rt/*/__init__.py"))),
     ],
     # The benches live at the top level but ship with the package, so that `ming-rt bench` works anywhere.
     package_dir={"ming_rt.bench": "bench"},
