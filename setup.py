@@ -45,7 +45,7 @@ def include_flag(flag, path):
 
 
 def cpu_objects(python):
-    """The objects of ``ming_rt._cpu`` as (source, object file, flags); ``python`` are the binding's includes."""
+    """(source, object file, flags) of each object in ``ming_rt._cpu``; ``python``: the binding's includes."""
     for source in sorted(CSRC.glob("common/*.cpp")):
         yield source, f"common_{source.stem}.o", []
     for source in sorted(CSRC.glob("binding/*.cpp")):
