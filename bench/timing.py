@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+WARM_UP = 0.005
 SETTLE = 0.006  # seconds between two timed calls
 
 
@@ -70,9 +71,11 @@ def interleave(*calls: Callable[[], object], seconds: float = 0.5, least: int = 
     while time.perf_counter() < end or len(samples[0]) < least:
         for call, n, again, out in zip(calls, repeats, short, samples, strict=True):
             # OpenMP's idle workers spin for milliseconds and would take a core from the next call. A short
-            # call then runs once untimed, so that both sides find their threads awake.
+            # call then runs untimed for a while, so that both sides find their threads awake and spread over
+            # the cores.
             time.sleep(SETTLE)
-            if again:
+            ready = time.perf_counter() + WARM_UP
+            while again and time.perf_counter() < ready:
                 call()
             begin = time.perf_counter()
             for _ in range(n):
