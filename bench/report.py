@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .timing import Row
 
+_COLOURS = {("bf16",): "#2a7ab9", ("fp32",): "#d98c21", ("u8", "i32"): "#6a6a6a"}
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -85,23 +87,28 @@ class Report:
         return paths
 
     def plot(self, path: Path) -> None:
-        """A bar per row: how many times faster than the torch composition, the baseline at one."""
+        """How many times faster than the torch composition each row is, a band of dots per op."""
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.24 * len(self.rows)))
-        ratios = [r.ratio for r in self.rows]
-        colours = ["#2a7ab9" if x >= 1 else "#c44e52" for x in ratios]
-        positions = range(len(self.rows))
-        axes.barh(positions, ratios, color=colours)
-        axes.set_yticks(positions, [f"{r.op}  {r.shape}  {r.dtype}" for r in self.rows], fontsize=7)
-        for y, x in zip(positions, ratios, strict=True):
-            axes.text(x, y, f" {x:.2f}", va="center", fontsize=7)
+        ops = list(dict.fromkeys(r.op for r in self.rows))
+        figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.34 * len(ops)))
+        for y, op in enumerate(ops):
+            for dtype, colour in _COLOURS.items():
+                ratios = [r.ratio for r in self.rows if r.op == op and r.dtype in dtype]
+                axes.scatter(ratios, [y] * len(ratios), s=34, color=colour, alpha=0.6, linewidths=0)
+            worst = min(r.ratio for r in self.rows if r.op == op)
+            axes.annotate(f"{worst:.2f}", (worst, y), (0, 6), textcoords="offset points", ha="center", size=6)
+        axes.set_yticks(range(len(ops)), ops, fontsize=8)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_xscale("log")
         axes.invert_yaxis()
+        axes.grid(axis="x", which="both", linewidth=0.3)
+        for dtype, colour in _COLOURS.items():
+            axes.scatter([], [], color=colour, label=", ".join(dtype))
+        axes.legend(fontsize=7, loc="lower right")
         e = self.environment
-        axes.set_xlabel(f"times the speed of the torch {e['torch']} composition ({e['threads']} threads)")
-        axes.set_title(e["cpu"], fontsize=9)
+        axes.set_xlabel(f"times the speed of the torch {e['torch']} composition, lowest named")
+        axes.set_title(f"{e['cpu']}, {e['threads']} threads, {e['isa']}", fontsize=9)
         figure.tight_layout()
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=120)
         pyplot.close(figure)

@@ -74,7 +74,9 @@ def resample(wave: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:
     right = (count - 1) // phases * step + int(first.max()) + taps - len(wave)
     y = torch.empty(count)
     if count:
-        cpu.resample(pad(wave, (left, max(0, right))), y, first + left, weight, step)
+        # In numpy: torch would wake its own threads for this copy, and they spin on a core for milliseconds.
+        padded = np.pad(wave.numpy(), (left, max(0, right)))
+        cpu.resample(torch.from_numpy(padded), y, first + left, weight, step)
     return y
 
 
