@@ -45,9 +45,8 @@ TABLE = {
     ("golden_weight", torch.float32): Tolerance(1e-5, 0.0),
     ("golden_rope", torch.float32): Tolerance(2e-3, 0.0),  # an angle of 4000 rad has 2e-4 rounding in fp32
     ("golden_vision", torch.float32): Tolerance(5e-5, 0.0),
-    # Blocks amplify rounding in rows that are almost zero: a recording itself was found 4.7e-5 from float64
-    # there, and so are we. The smallest wrong choice moves a block by 0.1.
-    ("golden_vision_block", torch.float32): Tolerance(2e-4, 0.0),
+    # Blocks amplify rounding in rows that are almost zero: the recording itself is 4.7e-5 from float64 there.
+    ("golden_vision_block", torch.float32): Tolerance(5e-5, 5e-6),
     ("golden_whisper", torch.float32): Tolerance(2e-5, 0.0),
     ("golden_sanm", torch.float32): Tolerance(3e-5, 0.0),
     ("golden_sanm_input", torch.float32): Tolerance(1e-4, 1e-4),
@@ -69,15 +68,13 @@ FRAME_LEVELS = 1  # largest difference of uint8 frames
 FRAME_SHARE = 0.005  # share of the pixels that may differ
 
 
-# Whole models in bf16 against the same weights in fp32: relative L2 error. Recorded models of other seeds
-# were seen at up to half of these.
+# Whole models in bf16 against the same weights in fp32: relative L2 error.
 RELATIVE_BF16 = {
-    "logits": 0.15,  # each token for which all routers choose the same experts
-    "vision": 0.06,  # all rows together: cosine 0.998
-    "audio": 0.02,  # all rows together: cosine 0.9998
+    "logits": 0.1,  # each token for which all routers choose the same experts
+    "vision": 0.045,  # all rows together: cosine 0.999
+    "audio": 0.0142,  # all rows together: cosine 0.9999
 }
-# Share of tokens whose experts rounding does not change; one token in a short prompt is 4 %.
-SAME_EXPERTS_BF16 = 0.8
+SAME_EXPERTS_BF16 = 0.9  # share of tokens whose experts rounding does not change
 
 
 def row_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
