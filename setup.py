@@ -1,16 +1,19 @@
-"""Builds the native extension of ming_rt with ninja.
+"""Builds the native extensions of ming_rt with ninja.
 
-``ming_rt._cpu`` is built everywhere and needs a C++17 compiler, pybind11 and ninja, but not torch. Every
-``csrc/ops/*/*_cpu.cpp`` is compiled once per instruction set (see csrc/README.md).
+``ming_rt._cpu`` is built everywhere and needs a C++17 compiler, pybind11 and ninja, but not torch;
+``ming_rt._cuda`` is built where nvcc is found. ``MING_RT_MODULES`` chooses otherwise: a comma-separated list
+of ``cpu``, ``cuda`` and ``emu`` (the CUDA sources compiled for the CPU, for tests). See csrc/README.md.
 """
 
 import fcntl
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -44,23 +47,92 @@ def include_flag(flag, path):
     return f"{flag} {shlex.quote(str(path))}".replace("$", "$$")
 
 
-def cpu_objects(python):
-    """(source, object file, flags) of each object in ``ming_rt._cpu``; ``python``: the binding's includes."""
-    for source in sorted(CSRC.glob("common/*.cpp")):
-        yield source, f"common_{source.stem}.o", []
+NVCC_FLAGS = [
+    "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--expt-extended-lambda",
+    "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+]  # fmt: skip
+# sm_80 code runs on every 8.x device, its PTX on those yet to come; sm_90a has Hopper's own instructions.
+GENERAL_TARGETS = [
+    "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=compute_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+]  # fmt: skip
+HOPPER_TARGET = ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def nvcc():
+    """Path of CUDA's compiler: $NVCC, $CUDA_HOME/bin, the PATH, the usual place; None without one."""
+    places = [
+        os.environ.get("NVCC"),
+        os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    return next((found for place in places if place and (found := shutil.which(place))), None)
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object file: its source, the ninja rule that compiles it, and flags beside the rule's own."""
+
+    name: str
+    source: Path
+    rule: str = "cxx"
+    flags: tuple = ()
+
+
+def binding_objects(module, flags, leave_out=()):
+    """The Python face of a module; ``$python``: include paths of Python and pybind11."""
+    flags = (*flags, f"-DMING_MODULE={module}", "$python")
     for source in sorted(CSRC.glob("binding/*.cpp")):
-        yield source, f"binding_{source.stem}.o", python
+        if source.stem not in leave_out:
+            yield Object(f"binding_{source.stem}.o", source, flags=flags)
+
+
+def cpu_objects():
+    for source in sorted(CSRC.glob("common/*.cpp")):
+        yield Object(f"common_{source.stem}.o", source)
+    yield from binding_objects("_cpu", ["-DMING_BACKEND_CUDA=0"])
     # The baseline build is linked first: of an inline function that several builds emit, the linker keeps
     # the first copy, which must be one that every CPU can run.
     for isa, flags in ISA_FLAGS.items():
         if isa == "portable" or platform.machine() in ("x86_64", "AMD64"):
             for source in sorted(CSRC.glob("ops/*/*_cpu.cpp")):
-                yield source, f"{source.stem}_{isa}.o", [*flags, f"-DMING_ISA={isa}"]
+                yield Object(f"{source.stem}_{isa}.o", source, flags=(*flags, f"-DMING_ISA={isa}"))
 
 
-# Native modules and what they are linked from. A module that needs another compiler joins here, under the
-# condition that the compiler exists.
-MODULES = {"ming_rt._cpu": cpu_objects}
+CPU_ONLY_BINDINGS = ("attention", "gemm", "image", "moe", "rope", "sampling", "spectral")
+
+
+def cuda_objects():
+    yield from binding_objects("_cuda", ["-DMING_BACKEND_CUDA=1"], CPU_ONLY_BINDINGS)
+    for source in [*sorted(CSRC.glob("common/*.cu")), *sorted(CSRC.glob("ops/**/*.cu"))]:
+        targets = HOPPER_TARGET if source.parent.name == "sm90" else GENERAL_TARGETS
+        yield Object(f"{source.stem}.o", source, "nvcc", tuple(targets))
+
+
+def emu_objects():
+    flags = ("-DMING_EMU=1", "-DMING_BACKEND_CUDA=1", "-Wno-unknown-pragmas")
+    yield from binding_objects("_emu", flags, CPU_ONLY_BINDINGS)
+    yield Object("emu.o", CSRC / "emu" / "emu.cpp", flags=flags)
+    for source in [*sorted(CSRC.glob("common/*.cu")), *sorted(CSRC.glob("ops/*/*.cu"))]:
+        yield Object(f"{source.stem}.o", source, flags=(*flags, "-x c++"))
+
+
+# The native modules and what they are linked from.
+MODULES = {"cpu": cpu_objects, "cuda": cuda_objects, "emu": emu_objects}
+
+
+def chosen_modules():
+    """The modules of this build, as MING_RT_MODULES has it."""
+    choice = os.environ.get("MING_RT_MODULES", "auto")
+    if choice == "auto":
+        return ["cpu", "cuda"] if nvcc() else ["cpu"]
+    names = [name.strip() for name in choice.split(",")]
+    if unknown := [name for name in names if name not in MODULES]:
+        sys.exit(f"MING_RT_MODULES: found {unknown[0]!r}, expected auto or some of {', '.join(MODULES)}")
+    if "cuda" in names and not nvcc():
+        sys.exit("MING_RT_MODULES: cuda needs nvcc, on the PATH, in $CUDA_HOME/bin or named by $NVCC")
+    return names
 
 
 class NinjaBuild(build_ext):
@@ -80,25 +152,37 @@ class NinjaBuild(build_ext):
         python = [
             include_flag("-isystem", p) for p in (pybind11.get_include(), sysconfig.get_path("include"))
         ]
-        objects, edges = [], []
-        for source, name, flags in MODULES[ext.name](python):
-            objects.append(name)
-            edges.append(f"build {name}: cxx {ninja_escape(source)}\n  flags = {' '.join(flags)}")
-
-        cxx = os.environ.get("CXX", "c++")
+        module = ext.name.rsplit("._", 1)[-1]
+        objects = list(MODULES[module]())
+        edges = [
+            f"build {o.name}: {o.rule} {ninja_escape(o.source)}\n  flags = {' '.join(o.flags)}"
+            for o in objects
+        ]
+        # CUDA's run-time library goes in whole and hidden: it must not meet the one torch loads.
+        linker = (
+            "$nvcc -shared -cudart static -Xlinker --exclude-libs=ALL" if module == "cuda" else "$cxx -shared"
+        )
         text = f"""
-cxx = {cxx}
+cxx = {os.environ.get("CXX", "c++")}
+nvcc = {nvcc()}
+python = {" ".join(python)}
 common = {" ".join([*COMMON_FLAGS, *own])} {os.environ.get("CXXFLAGS", "")}
+cuda = {" ".join([*NVCC_FLAGS, *own])}
 rule cxx
   command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = CXX $out
+rule nvcc
+  command = $nvcc $cuda $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = NVCC $out
 rule link
-  command = $cxx -shared $in -o $out -lpthread {os.environ.get("LDFLAGS", "")}
+  command = {linker} $in -o $out -lpthread {os.environ.get("LDFLAGS", "")}
   description = LINK $out
 {chr(10).join(edges)}
-build {ninja_escape(target)}: link {" ".join(objects)}
+build {ninja_escape(target)}: link {" ".join(o.name for o in objects)}
 default {ninja_escape(target)}
 """
         with open(build / "lock", "w") as lock:
@@ -110,7 +194,7 @@ default {ninja_escape(target)}
 
 
 setup(
-    ext_modules=[Extension(name, sources=[]) for name in MODULES],
+    ext_modules=[Extension(f"ming_rt._{name}", sources=[]) for name in chosen_modules()],
     cmdclass={"build_ext": NinjaBuild},
     packages=[
         "ming_rt",

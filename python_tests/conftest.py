@@ -1,14 +1,67 @@
-"""Shared fixtures. Kernel tests take ``isa`` to run once per instruction set of this CPU."""
+"""Shared fixtures. Kernel tests take ``backend`` (or ``isa``, for ops that run on the CPU only)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from ming_rt import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = (
+    *ops.available_isas(),
+    "emu",
+    *(["cuda"] if torch.cuda.is_available() and not ops.cuda_missing else []),
+)
+
+
+@functools.cache
+def build_emulation() -> None:
+    """Compiles the CUDA sources for the CPU, or what changed of them."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "MING_RT_MODULES": "emu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"building ming_rt._emu failed:\n{done.stdout}\n{done.stderr}"
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Kernels of one backend: an instruction set of the CPU, ``emu`` (CUDA kernels emulated) or ``cuda``.
+
+    Tensors are made on the default device, which is the GPU for ``cuda``.
+    """
+    if backend == "emu":
+        build_emulation()
+        with ops.emulated():
+            yield
+            ops.check_device()
+    elif backend == "cuda":
+        with torch.device("cuda"):
+            yield
+            ops.check_device()
+    else:
+        before = ops.isa()
+        ops.set_isa(backend)
+        try:
+            yield
+        finally:
+            ops.set_isa(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Each instruction set of this CPU, the emulated CUDA kernels, and a GPU if there is one."""
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=ops.available_isas())
@@ -21,9 +74,10 @@ def isa(request):
 
 
 @pytest.fixture
-def rng() -> torch.Generator:
-    """A generator with a fixed seed."""
-    return torch.Generator().manual_seed(1234)
+def rng(request) -> torch.Generator:
+    """A generator with a fixed seed, on the device of the test's backend."""
+    on_gpu = "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda"
+    return torch.Generator("cuda" if on_gpu else "cpu").manual_seed(1234)
 
 
 @pytest.fixture(scope="session")

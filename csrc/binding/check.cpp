@@ -8,10 +8,19 @@
 namespace ming::binding {
 namespace {
 
+#if MING_BACKEND_CUDA && !defined(MING_EMU)
+constexpr DLDeviceType kDevice = kDLCUDA;
+constexpr const char* kDeviceName = "CUDA";
+#else
+constexpr DLDeviceType kDevice = kDLCPU;
+constexpr const char* kDeviceName = "CPU";
+#endif
+
 // The exchange table of the last tensor type seen; one type (torch.Tensor) is the rule. Guarded by the GIL.
+PyTypeObject* cached_type = nullptr;
+const DLPackExchangeAPI* cached_api = nullptr;
+
 const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
-  static PyTypeObject* cached_type = nullptr;
-  static const DLPackExchangeAPI* cached_api = nullptr;
   if (type == cached_type) return cached_api;
   PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   if (!capsule) {
@@ -71,6 +80,15 @@ void Call::fail(const std::string& message) const {
   throw py::value_error(std::string(op_) + ": " + message);
 }
 
+#if MING_BACKEND_CUDA
+Stream Call::current_stream() const {
+  Stream stream = nullptr;
+  if (kDevice == kDLCUDA && cached_api->current_work_stream(kDLCUDA, device_, &stream) != 0)
+    throw py::error_already_set();
+  return stream;
+}
+#endif
+
 const int64_t* Call::find(const char* name) const {
   for (const auto& [known, bound] : dims_)
     if (std::strcmp(known, name) == 0) return &bound;
@@ -100,7 +118,11 @@ TensorView Call::tensor(const char* name, py::handle object, std::initializer_li
   DLTensor t;
   if (api->dltensor_from_py_object_no_sync(object.ptr(), &t) != 0) throw py::error_already_set();
 
-  if (t.device.device_type != kDLCPU) fail(std::string(name) + ": expected a CPU tensor");
+  if (t.device.device_type != kDevice) fail(std::string(name) + ": expected a " + kDeviceName + " tensor");
+  if (device_ >= 0 && t.device.device_id != device_)
+    fail(std::string(name) + ": expected a tensor on device " + std::to_string(device_) + ", got device " +
+         std::to_string(t.device.device_id));
+  device_ = t.device.device_id;
   TensorView view;
   view.dtype = dtype_of(t.dtype);
   bool known = false;

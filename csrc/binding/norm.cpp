@@ -17,8 +17,7 @@ void rms_norm(py::object x_, py::object weight_, py::object y_, py::object resid
   RmsNormParams p{x.data,         residual.data, weight.data,        y.data,      sum.data,      x.shape[0],
                   x.shape[1],     x.stride[0],   residual.stride[0], y.stride[0], sum.stride[0], eps,
                   weight_in_fp32, x.dtype};
-  py::gil_scoped_release release;
-  cpu::rms_norm(p);
+  call.run(MING_KERNEL(rms_norm), p);
 }
 
 void layer_norm(py::object x_, py::object weight_, py::object bias_, py::object y_, float eps) {
@@ -29,8 +28,7 @@ void layer_norm(py::object x_, py::object weight_, py::object bias_, py::object 
   TensorView y = call.tensor("y", y_, {x.dtype}, {"N", "D"});
   LayerNormParams p{x.data,     weight.data, bias.data,   y.data, x.shape[0],
                     x.shape[1], x.stride[0], y.stride[0], eps,    x.dtype};
-  py::gil_scoped_release release;
-  cpu::layer_norm(p);
+  call.run(MING_KERNEL(layer_norm), p);
 }
 
 }  // namespace

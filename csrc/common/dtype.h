@@ -4,6 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+// Functions that kernels of both kinds use.
+#if defined(__CUDACC__)
+#define MING_BOTH __host__ __device__ __forceinline__
+#else
+#define MING_BOTH static inline
+#endif
+
 namespace ming {
 
 enum class DType : int32_t { f32, bf16, f16, u8, i32, i64, other };
@@ -33,11 +40,11 @@ struct bf16 {
 };
 static_assert(sizeof(bf16) == 2);
 
-static inline float to_float(float x) {
+MING_BOTH float to_float(float x) {
   return x;
 }
 
-static inline float to_float(bf16 x) {
+MING_BOTH float to_float(bf16 x) {
   uint32_t u = uint32_t(x.bits) << 16;
   float f;
   std::memcpy(&f, &u, 4);
@@ -50,7 +57,7 @@ struct f16 {
 };
 static_assert(sizeof(f16) == 2);
 
-static inline float to_float(f16 x) {
+MING_BOTH float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude < 0x0400) {  // zero or subnormal: a multiple of 2^-24
     const float f = float(magnitude) * 5.9604644775390625e-8f;
@@ -64,16 +71,22 @@ static inline float to_float(f16 x) {
 }
 
 // Round to nearest even; NaN stays NaN.
-static inline bf16 to_bf16(float f) {
+MING_BOTH bf16 to_bf16(float f) {
+#if defined(__CUDA_ARCH__)
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(f));
+  return y;
+#else
   uint32_t u;
   std::memcpy(&u, &f, 4);
   if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t((u >> 16) | 0x40u)};
   u += 0x7fffu + ((u >> 16) & 1u);
   return bf16{uint16_t(u >> 16)};
+#endif
 }
 
 template <typename T>
-static inline T from_float(float f) {
+MING_BOTH T from_float(float f) {
   if constexpr (sizeof(T) == 4)
     return f;
   else

@@ -3,12 +3,14 @@
 Beside each ``op`` stands ``op_torch``: the same contract as a plain torch composition, which is the readable
 definition, the reference of the tests and the baseline of the benches.
 
-Tensors live on the CPU. An op refuses a wrong dtype, shape, layout or value with a ``ValueError`` that names
-the op, what was expected and what it got.
+Tensors live on the CPU or on a CUDA device, all of one call on the same one. An op refuses a wrong dtype,
+shape, layout or value with a ``ValueError`` that names the op, what was expected and what it got. Values in
+device memory cannot be refused beforehand: ``check_device`` tells what a kernel met there.
 """
 
 from __future__ import annotations
 
+from ming_rt.ops._native import check_device, cuda_missing, emulate, emulated, is_emulating
 from ming_rt.ops._native import cpu as _cpu
 from ming_rt.ops.attention import (
     attention_paged,
@@ -116,6 +118,10 @@ __all__ = [
     "attention_varlen_torch",
     "available_isas",
     "axis_table",
+    "check_device",
+    "cuda_missing",
+    "emulate",
+    "emulated",
     "fbank",
     "fbank_torch",
     "grouped_gemm_down",
@@ -123,6 +129,7 @@ __all__ = [
     "grouped_gemm_swiglu",
     "grouped_gemm_swiglu_torch",
     "inv_freq",
+    "is_emulating",
     "isa",
     "layer_norm",
     "layer_norm_torch",

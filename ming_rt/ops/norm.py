@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ming_rt.ops._native import cpu
+from ming_rt.ops._native import kernels
 
 
 def rms_norm(
@@ -30,10 +30,10 @@ def rms_norm(
         return out.view(x.shape) if residual is None else (out[0].view(x.shape), out[1].view(x.shape))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
-        cpu.rms_norm(x, weight, y, None, None, eps, weight_in_fp32)
+        kernels(x).rms_norm(x, weight, y, None, None, eps, weight_in_fp32)
         return y
     total = torch.empty_like(y)
-    cpu.rms_norm(x, weight, y, residual, total, eps, weight_in_fp32)
+    kernels(x).rms_norm(x, weight, y, residual, total, eps, weight_in_fp32)
     return y, total
 
 
@@ -51,8 +51,8 @@ def rms_norm_torch(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm in fp32, one rounding to the dtype. x: [..., D]; weight, bias: [D], dtype of x."""
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.empty(rows.shape, dtype=x.dtype)
-    cpu.layer_norm(rows, weight, bias, y, eps)
+    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    kernels(x).layer_norm(rows, weight, bias, y, eps)
     return y.view(x.shape)
 
 

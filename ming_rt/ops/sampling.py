@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ming_rt.ops._native import cpu
+from ming_rt.ops._native import kernels
 
 
 def sample(
@@ -17,7 +17,7 @@ def sample(
     repetition_penalty: Tensor,
     no_repeat_ngram_size: Tensor,
     history: Tensor,
-    history_offsets: Tensor,
+    history_bounds: Tensor,
     uniforms: Tensor,
     n_logprobs: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,22 +32,25 @@ def sample(
         repetition_penalty: float32 [B], above 0; logits of history ids are divided by it, negative ones
             multiplied; 1 = off.
         no_repeat_ngram_size: int32 [B]; ids that would complete an n-gram of the history are out; 0 = off.
-        history: int64 [L], all rows' prompt and generated ids one after the other.
-        history_offsets: int64 [B + 1], bounds of each row's part of history.
+        history: int64 [L], prompt and generated ids of all rows.
+        history_bounds: int64 [B, 2], begin and end of each row's ids in history; rows may share them.
         n_logprobs: how many of the most likely ids to report.
 
     Returns:
         ids int64 [B]; their logprobs float32 [B]; the most likely ids int64 [B, n] and their logprobs float32
-        [B, n], best first. Logprobs are the log-softmax of the unmodified logits.
+        [B, n], best first. Logprobs are the log-softmax of the unmodified logits. The id is -1, and the other
+        results of the row are undefined, where its logits hold NaN or +inf or nothing is left to choose.
 
     Raises:
-        ValueError: wrong dtypes, shapes or parameters; or, naming the rows, logits with NaN or +inf or
-            nothing left to choose.
+        ValueError: wrong dtypes, shapes or parameters.
     """
-    rows = logits.shape[0]
-    ids, logprob = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-    top_ids, top_logprob = torch.empty(rows, n_logprobs, dtype=torch.int64), torch.empty(rows, n_logprobs)
-    cpu.sample(
+    rows, vocab = logits.shape
+    native = kernels(logits)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    top_ids = torch.empty((rows, n_logprobs), dtype=torch.int64, device=logits.device)
+    logprob, top_logprob = (torch.empty(t.shape, device=logits.device) for t in (ids, top_ids))
+    nbytes = native.sample_workspace_bytes(rows, vocab)
+    native.sample(
         logits,
         temperature,
         top_k,
@@ -55,12 +58,13 @@ def sample(
         repetition_penalty,
         no_repeat_ngram_size,
         history,
-        history_offsets,
+        history_bounds,
         uniforms,
         ids,
         logprob,
         top_ids,
         top_logprob,
+        torch.empty(nbytes, dtype=torch.uint8, device=logits.device) if nbytes else None,
     )
     return ids, logprob, top_ids, top_logprob
 
@@ -74,19 +78,22 @@ def sample_torch(
     repetition_penalty: Tensor,
     no_repeat_ngram_size: Tensor,
     history: Tensor,
-    history_offsets: Tensor,
+    history_bounds: Tensor,
     uniforms: Tensor,
     n_logprobs: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``sample`` as a plain torch composition."""
-    vocab, bounds, chosen = logits.shape[1], history_offsets.tolist(), []
+    vocab, bounds, chosen = logits.shape[1], history_bounds.tolist(), []
     for row, raw in enumerate(logits):
-        scores, past = raw.clone(), history[bounds[row] : bounds[row + 1]]
+        scores, past = raw.clone(), history[slice(*bounds[row])]
         seen = past[(past >= 0) & (past < vocab)].unique()
         penalty = repetition_penalty[row]
         scores[seen] = torch.where(raw[seen] < 0, raw[seen] * penalty, raw[seen] / penalty)
         if no_repeat_ngram_size[row]:
             scores[ngram_bans_torch(past, int(no_repeat_ngram_size[row]), vocab)] = -torch.inf
+        if not (raw < torch.inf).all() or not scores.max().isfinite():
+            chosen.append(torch.tensor(-1))
+            continue
         if temperature[row] == 0:
             chosen.append(scores.argmax())
             continue
@@ -105,7 +112,7 @@ def sample_torch(
     ids = torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64)
     logprobs = logits.log_softmax(-1)
     top = logprobs.topk(n_logprobs, dim=-1)
-    return ids, logprobs.gather(1, ids[:, None])[:, 0], top.indices, top.values
+    return ids, logprobs.gather(1, ids[:, None].clamp(min=0))[:, 0], top.indices, top.values
 
 
 def ngram_bans(history: Tensor, n: int, vocab: int) -> Tensor:
@@ -114,8 +121,8 @@ def ngram_bans(history: Tensor, n: int, vocab: int) -> Tensor:
     history: int64 [L] of one sequence; n: 0 = none -> bool [vocab].
     Raises ValueError on a negative n or a wrong dtype.
     """
-    banned = torch.zeros(vocab, dtype=torch.bool)
-    cpu.ngram_bans(history, n, banned.view(torch.uint8))
+    banned = torch.zeros(vocab, dtype=torch.bool, device=history.device)
+    kernels(history).ngram_bans(history, n, banned.view(torch.uint8))
     return banned
 
 

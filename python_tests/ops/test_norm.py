@@ -1,4 +1,4 @@
-"""rms_norm and layer_norm: every ISA and dtype against float64, strides, residual and row independence."""
+"""rms_norm and layer_norm: backends and dtypes against compositions, strides, residual, row independence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensors(rng, shape, dtype, count):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weight_in_fp32", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm_matches_composition(isa, rng, shape, dtype, weight_in_fp32, with_residual):
+def test_rms_norm_matches_composition(backend, rng, shape, dtype, weight_in_fp32, with_residual):
     x, residual = tensors(rng, shape, dtype, 2)
     (weight,) = tensors(rng, shape[-1:], dtype, 1)
     options = {"weight_in_fp32": weight_in_fp32, "residual": residual if with_residual else None}
@@ -34,13 +34,13 @@ def test_rms_norm_matches_composition(isa, rng, shape, dtype, weight_in_fp32, wi
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_layer_norm_matches_composition(isa, rng, shape, dtype):
+def test_layer_norm_matches_composition(backend, rng, shape, dtype):
     (x,) = tensors(rng, shape, dtype, 1)
     weight, bias = tensors(rng, shape[-1:], dtype, 2)
     assert_close(ops.layer_norm(x, weight, bias, 1e-5), ops.layer_norm_torch(x, weight, bias, 1e-5))
 
 
-def test_strided_rows_and_untouched_memory(isa, rng):
+def test_strided_rows_and_untouched_memory(backend, rng):
     (wide,) = tensors(rng, (6, 96), torch.float32, 1)
     wide[:, 40:] = float("nan")
     weight = torch.ones(40)
@@ -48,7 +48,7 @@ def test_strided_rows_and_untouched_memory(isa, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_its_neighbours(isa, rng, dtype):
+def test_a_row_does_not_depend_on_its_neighbours(backend, rng, dtype):
     (x,) = tensors(rng, (65, 200), dtype, 1)
     (weight,) = tensors(rng, (200,), dtype, 1)
     whole = ops.rms_norm(x, weight, 1e-6)

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "common/cpu_dispatch.h"
+#include "common/op.h"
 #include "common/dtype.h"
 
 namespace ming {
@@ -41,7 +41,7 @@ struct LayerNormParams {
   DType dtype;
 };
 
-MING_CPU_OP(rms_norm, RmsNormParams)
-MING_CPU_OP(layer_norm, LayerNormParams)
+MING_OP(rms_norm, RmsNormParams)
+MING_OP(layer_norm, LayerNormParams)
 
 }  // namespace ming

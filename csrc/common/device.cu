@@ -1,0 +1,59 @@
+#include "common/device.h"
+#include "common/gpu.h"
+
+namespace ming {
+
+#if defined(MING_EMU)
+
+int device_count() {
+  return 1;
+}
+
+int sm_count() {
+  return 4;
+}
+
+DeviceScope::DeviceScope(int) : before_(-1) {}
+DeviceScope::~DeviceScope() {}
+
+#else
+
+DeviceStatus* device_status() {
+  // Host memory that every device can write: a look at it needs no copy and no wait.
+  static DeviceStatus* const status = [] {
+    void* memory = nullptr;
+    gpu::check(cudaHostAlloc(&memory, sizeof(DeviceStatus), cudaHostAllocMapped | cudaHostAllocPortable),
+               "status word");
+    return new (memory) DeviceStatus{};
+  }();
+  return status;
+}
+
+int device_count() {
+  int count = 0;
+  gpu::check(cudaGetDeviceCount(&count), "CUDA driver");
+  return count;
+}
+
+int sm_count() {
+  int device = 0, count = 0;
+  gpu::check(cudaGetDevice(&device), "sm_count");
+  gpu::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "sm_count");
+  return count;
+}
+
+DeviceScope::DeviceScope(int device) : before_(-1) {
+  int current = -1;
+  gpu::check(cudaGetDevice(&current), "current device");
+  if (current == device) return;
+  gpu::check(cudaSetDevice(device), "current device");
+  before_ = current;
+}
+
+DeviceScope::~DeviceScope() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+#endif
+
+}  // namespace ming
