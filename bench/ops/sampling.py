@@ -40,7 +40,7 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
                     "repetition_penalty": torch.full((batch,), penalty),
                     "no_repeat_ngram_size": torch.full((batch,), ngram, dtype=torch.int32),
                     "history": history,
-                    "history_offsets": torch.arange(batch + 1) * 500,
+                    "history_bounds": torch.arange(batch)[:, None] * 500 + torch.tensor([0, 500]),
                     "uniforms": torch.rand(batch, generator=generator),
                     "n_logprobs": n,
                 }

@@ -87,6 +87,11 @@ class SamplingParams:
         if self.logprobs is not None:
             put("logprobs", _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
 
+    @property
+    def reads_history(self) -> bool:
+        """Whether the choice of a token depends on the tokens before it beyond the logits."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+
     @staticmethod
     def _stops(stop: Any) -> tuple[str, ...]:
         if stop is None:

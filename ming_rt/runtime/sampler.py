@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,8 @@ import torch
 from ming_rt.errors import EngineError
 from ming_rt.ops import sampling
 from ming_rt.pipelines.events import FinishReason, TextDelta, TokenLogprob
-from ming_rt.runtime.request import Request
+from ming_rt.runtime import transfer
+from ming_rt.runtime.request import Request, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -32,58 +33,72 @@ class TextStream(Protocol):
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sample | EngineError]:
-    """The next token of each request from its row of ``logits`` (f32 ``[B, V]``).
+    """The next token of each request from its row of ``logits``; see ``draw``."""
+    return draw(logits, requests)()
+
+
+def draw(logits: torch.Tensor, requests: Sequence[Request]) -> Callable[[], list[Sample | EngineError]]:
+    """Begin to choose the next token of each request from its row of ``logits`` (f32 ``[B, V]``).
 
     Every row uses only its own request's parameters, history and random numbers, so the result does not
-    depend on which requests share the batch. A row without a usable token (logits that are no numbers, or
-    every token excluded) gives an error in its place.
+    depend on which requests share the batch. The function returned waits for the device and gives
+    the tokens; a row without a usable one (logits that are no numbers, or every token excluded) has an error
+    in its place.
     """
-    uniforms = [r.uniform() if r.params.temperature else 0.0 for r in requests]
-    return _draw_each(logits, requests, uniforms)
-
-
-def _draw_each(
-    logits: torch.Tensor, requests: Sequence[Request], uniforms: list[float]
-) -> list[Sample | EngineError]:
-    try:
-        return list(_draw(logits, requests, uniforms))
-    except ValueError as problem:
-        if len(requests) == 1:
-            return [EngineError(f"choosing the next token failed: {problem}")]
-        # A row that cannot be sampled must not cost the others their token.
-        rows = [slice(i, i + 1) for i in range(len(requests))]
-        return [_draw_each(logits[row], requests[row], uniforms[row])[0] for row in rows]
-
-
-def _draw(logits: torch.Tensor, requests: Sequence[Request], uniforms: list[float]) -> list[Sample]:
     params = [r.params for r in requests]
     # Penalties read the whole sequence; other rows get an empty history.
-    histories = [
-        r.tokens if p.repetition_penalty != 1.0 or p.no_repeat_ngram_size else r.tokens[:0]
-        for r, p in zip(requests, params, strict=True)
-    ]
-    ids, logprob, top_ids, top_logprobs = sampling.sample(
+    histories = [r.tokens if p.reads_history else r.tokens[:0] for r, p in zip(requests, params, strict=True)]
+    ends = np.cumsum([0, *map(len, histories)])
+    settings = row_settings(requests)
+    bounds = np.stack([ends[:-1], ends[1:]], axis=1)
+    *values, history, bounds = transfer.send(
+        [*settings.values(), np.concatenate(histories), bounds], logits.device
+    )
+    chosen = sampling.sample(
         logits,
-        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32),
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        repetition_penalty=torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32),
-        no_repeat_ngram_size=torch.tensor([p.no_repeat_ngram_size for p in params], dtype=torch.int32),
-        history=torch.from_numpy(np.concatenate(histories)),
-        history_offsets=torch.from_numpy(np.cumsum([0, *map(len, histories)])),
-        uniforms=torch.tensor(uniforms, dtype=torch.float32),
+        **dict(zip(settings, values, strict=True)),
+        history=history,
+        history_bounds=bounds,
         n_logprobs=min(max(p.logprobs or 0 for p in params), logits.shape[1]),
     )
-    tokens, scores = ids.tolist(), logprob.tolist()
-    samples = []
-    for row, (token, p) in enumerate(zip(tokens, params, strict=True)):
-        record = None
-        if p.logprobs is not None:
-            best = zip(
-                top_ids[row, : p.logprobs].tolist(), top_logprobs[row, : p.logprobs].tolist(), strict=True
-            )
-            record = TokenLogprob(token, scores[row], tuple(best))
-        samples.append(Sample(token, record))
+    wants = any(p.logprobs is not None for p in params)
+    fetched = transfer.fetch(chosen if wants else chosen[:1])
+    return lambda: _samples(params, *fetched())
+
+
+def row_settings(requests: Sequence[Request]) -> dict[str, np.ndarray]:
+    """The arguments of ``ops.sample`` that are one number per row, ``[B]`` each; draws the uniforms."""
+    params = [r.params for r in requests]
+    return {
+        "temperature": np.array([p.temperature for p in params], np.float32),
+        "top_k": np.array([p.top_k for p in params], np.int32),
+        "top_p": np.array([p.top_p for p in params], np.float32),
+        "repetition_penalty": np.array([p.repetition_penalty for p in params], np.float32),
+        "no_repeat_ngram_size": np.array([p.no_repeat_ngram_size for p in params], np.int32),
+        "uniforms": uniforms(requests),
+    }
+
+
+def uniforms(requests: Sequence[Request]) -> np.ndarray:
+    """f32 ``[B]``: the next random number of each request that draws, 0 for the others."""
+    return np.array([r.uniform() if r.params.temperature else 0.0 for r in requests], np.float32)
+
+
+def _samples(
+    params: Sequence[SamplingParams], ids: torch.Tensor, *scores: torch.Tensor
+) -> list[Sample | EngineError]:
+    """What the op chose; ``scores``: its other results, given where a row wants log-probabilities."""
+    samples: list[Sample | EngineError] = []
+    for row, (token, p) in enumerate(zip(ids.tolist(), params, strict=True)):
+        if token < 0:
+            why = "the logits hold NaN or infinity, or leave no token that may be chosen"
+            samples.append(EngineError(f"choosing the next token failed: {why}"))
+        elif p.logprobs is None:
+            samples.append(Sample(token))
+        else:
+            logprob, best, best_logprobs = (t[row].tolist() for t in scores)
+            top = zip(best[: p.logprobs], best_logprobs[: p.logprobs], strict=True)
+            samples.append(Sample(token, TokenLogprob(token, logprob, tuple(top))))
     return samples
 
 

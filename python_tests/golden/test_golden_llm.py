@@ -372,8 +372,8 @@ def test_no_repeat_ngram(case: GoldenCase):
                 top_p=ones,
                 repetition_penalty=ones,
                 no_repeat_ngram_size=torch.full((vocab,), settings["ngram_size"], dtype=torch.int32),
-                history=history.repeat(vocab),
-                history_offsets=torch.arange(vocab + 1) * len(history),
+                history=history,
+                history_bounds=torch.tensor([[0, len(history)]] * vocab),
                 uniforms=0 * ones,
             )
             assert torch.equal(chosen != torch.arange(vocab), banned), prefix

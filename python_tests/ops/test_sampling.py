@@ -31,7 +31,8 @@ def parameters(rows, **changes):
     }
     history = changes.get("history", [[]] * rows)
     out["history"] = torch.tensor(list(itertools.chain.from_iterable(history)), dtype=torch.int64)
-    out["history_offsets"] = torch.tensor([0, *itertools.accumulate(map(len, history))])
+    ends = list(itertools.accumulate(map(len, history), initial=0))
+    out["history_bounds"] = torch.tensor(list(itertools.pairwise(ends)), dtype=torch.int64).view(rows, 2)
     out["n_logprobs"] = changes.get("n_logprobs", 0)
     return {k: v.contiguous() if torch.is_tensor(v) else v for k, v in out.items()}
 
@@ -192,20 +193,37 @@ def test_row_is_the_same_alone_and_in_a_batch(isa, rng):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
-def test_bad_rows_are_named(isa, rng, temperature, bad):
+def test_bad_rows_have_no_choice(isa, rng, temperature, bad):
     logits = torch.randn(4, 777, generator=rng)
+    good = logits.clone()
     for row in (1, 3):
         if bad is None:
             logits[row] = -math.inf
         else:
             logits[row, 500 + row] = bad
-    with pytest.raises(ValueError, match=r"sample: logits: .* in row 1, 3$"):
-        ops.sample(logits, **parameters(4, temperature=temperature))
+    options = parameters(4, temperature=temperature, uniforms=0.4, n_logprobs=3)
+    expected = ops.sample(good, **options)[0]
+    expected[[1, 3]] = -1
+    for op in (ops.sample, ops.sample_torch):
+        assert torch.equal(op(logits, **options)[0], expected)
 
 
-def test_everything_banned_is_named(isa):
-    with pytest.raises(ValueError, match=r"in row 0$"):
-        ops.sample(torch.zeros(1, 2), **parameters(1, history=[[0, 1]], no_repeat_ngram_size=1))
+def test_a_row_with_everything_banned_has_no_choice(isa):
+    options = parameters(2, history=[[0, 1], []], no_repeat_ngram_size=1)
+    for op in (ops.sample, ops.sample_torch):
+        assert op(torch.zeros(2, 2), **options)[0].tolist() == [-1, 0]
+
+
+def test_rows_share_and_skip_parts_of_the_history(isa, rng):
+    logits = torch.randn(3, 40, generator=rng)
+    history = torch.randint(0, 40, (30,), generator=rng)
+    changes = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    bounds = torch.tensor([[3, 20], [20, 20], [3, 20]])
+    parts = [history[begin:end].tolist() for begin, end in bounds.tolist()]
+    expected = ops.sample(logits, **parameters(3, **changes, history=parts))
+    options = parameters(3, **changes) | {"history": history, "history_bounds": bounds}
+    assert torch.equal(ops.sample(logits, **options)[0], expected[0])
+    assert torch.equal(ops.sample_torch(logits, **options)[0], expected[0])
 
 
 def test_minus_infinity_is_never_drawn(isa):
@@ -235,10 +253,10 @@ def test_bad_parameters(change, message):
         ops.sample(torch.zeros(2, 10), **parameters(2, **change))
 
 
-@pytest.mark.parametrize("offsets", [[0, 1, 2], [0, 4, 3], [1, 2, 3], [0, -1, 3]])
-def test_bad_history_offsets(offsets):
-    bad = parameters(2, history=[[1, 2], [3]]) | {"history_offsets": torch.tensor(offsets)}
-    with pytest.raises(ValueError, match="sample: history_offsets: expected rising offsets from 0 to 3"):
+@pytest.mark.parametrize("bounds", [[[0, 1], [2, 1]], [[0, 4], [0, 0]], [[-1, 1], [2, 3]]])
+def test_bad_history_bounds(bounds):
+    bad = parameters(2, history=[[1, 2], [3]]) | {"history_bounds": torch.tensor(bounds)}
+    with pytest.raises(ValueError, match="sample: history_bounds: expected begin <= end within 0 to 3"):
         ops.sample(torch.zeros(2, 10), **bad)
 
 

@@ -240,8 +240,8 @@ void sample_row(const SampleParams& p, int64_t row) {
 
   const float* y = x;
   const float penalty = p.repetition_penalty[row];
-  const int64_t *history = p.history + p.history_offsets[row],
-                length = p.history_offsets[row + 1] - p.history_offsets[row];
+  const int64_t* bounds = p.history_bounds + 2 * row;
+  const int64_t *history = p.history + bounds[0], length = bounds[1] - bounds[0];
   if (length > 0 && (penalty != 1.0f || p.ngram_size[row] > 0)) {
     float* changed = scratch<float>(1, vocab);
     std::memcpy(changed, x, size_t(vocab) * sizeof(float));
