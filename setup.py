@@ -56,7 +56,11 @@ GENERAL_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=compute_80",
     "-gencode=arch=compute_90a,code=sm_90a",
 ]  # fmt: skip
-HOPPER_TARGET = ["-gencode=arch=compute_90a,code=sm_90a"]
+# Those sources (csrc/ops/*/sm90) alone use CUTLASS.
+HOPPER_FLAGS = [
+    "-gencode=arch=compute_90a,code=sm_90a",
+    include_flag("-isystem", ROOT / "third_party" / "cutlass" / "include"),
+]
 
 
 def nvcc():
@@ -106,7 +110,7 @@ CPU_ONLY_BINDINGS = ("attention", "gemm", "image", "moe", "rope", "sampling", "s
 def cuda_objects():
     yield from binding_objects("_cuda", ["-DMING_BACKEND_CUDA=1"], CPU_ONLY_BINDINGS)
     for source in [*sorted(CSRC.glob("common/*.cu")), *sorted(CSRC.glob("ops/**/*.cu"))]:
-        targets = HOPPER_TARGET if source.parent.name == "sm90" else GENERAL_TARGETS
+        targets = HOPPER_FLAGS if source.parent.name == "sm90" else GENERAL_TARGETS
         yield Object(f"{source.stem}.o", source, "nvcc", tuple(targets))
 
 
