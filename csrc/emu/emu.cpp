@@ -100,6 +100,7 @@ struct Fiber {
 struct Warp {
   unsigned char slots[2][32][32];
   uint32_t alive, waiting;
+  uint32_t members[2];  // lanes of the last operation on each set of slots
 };
 
 struct Shared {
@@ -175,8 +176,12 @@ void release_warp(int index) {
   Machine& m = machine;
   Warp& w = m.warps[index];
   if (!w.waiting || w.waiting != w.alive) return;
-  for (int lane = 0; lane < 32; ++lane)
-    if (w.waiting >> lane & 1) m.fibers[32 * index + lane].state = State::ready;
+  for (int lane = 0; lane < 32; ++lane) {
+    Fiber& f = m.fibers[32 * index + lane];
+    if (!(w.waiting >> lane & 1)) continue;
+    f.state = State::ready;
+    w.members[f.parity ^ 1] = w.waiting;
+  }
   w.waiting = 0;
 }
 
@@ -330,8 +335,8 @@ const unsigned char* exchange(const void* value, size_t bytes, uint32_t lane_mas
   return slots[0];
 }
 
-uint32_t alive_lanes() {
-  return machine.warps[machine.current / 32].alive;
+uint32_t members() {
+  return machine.warps[machine.current / 32].members[machine.fibers[machine.current].parity ^ 1];
 }
 
 int lane() {

@@ -76,7 +76,7 @@ void block_barrier(const char* file, int line);
 // next warp operation. `lane_mask` must name all lanes.
 const unsigned char* exchange(const void* value, size_t bytes, uint32_t lane_mask, const char* file,
                               int line);
-uint32_t alive_lanes();
+uint32_t members();  // the lanes that took part in this lane's last exchange
 int lane();
 
 void* shared_block(const void* key, size_t bytes);  // one allocation per block and key
@@ -149,7 +149,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, MING_HERE) {
   const unsigned char* votes = ::ming::emu::exchange(&vote, sizeof(vote), mask, file, line);
   uint32_t result = 0;
   for (int i = 0; i < 32; ++i)
-    if (::ming::emu::alive_lanes() >> i & 1) result |= uint32_t(votes[32 * i] & 1) << i;
+    if (::ming::emu::members() >> i & 1) result |= uint32_t(votes[32 * i] & 1) << i;
   return result;
 }
 inline int __any_sync(uint32_t mask, int predicate, MING_HERE) {
