@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "common/cpu_dispatch.h"
 #include "common/dtype.h"
+#include "common/op.h"
 #include "ops/gemm/gemm.h"
 
 namespace ming {
@@ -53,7 +53,8 @@ struct MoePermuteParams {
 // For every place i in [offsets[e], offsets[e + 1]) of the grouped order:
 //   grouped_gemm_swiglu:  y[i] = silu(g) * u, where g, u = x[rows[i] / top_k] times gate and up of expert e
 //   grouped_gemm_down:    y[rows[i]] = x[i] W_e^T
-// Sums as in gemm.h, one rounding.
+// Sums as in gemm.h, one rounding. On a device rows and offsets are checked by the kernels: a place outside
+// its range is reported and left out.
 struct GroupedGemmParams {
   const void* x;           // [tokens, K] or [slots, K], row stride x_stride
   const void* w;           // [experts] packed weights, gated (N outputs) for swiglu
@@ -63,6 +64,10 @@ struct GroupedGemmParams {
   int64_t slots, n, k, x_stride, y_stride;
   int32_t experts, top_k;
   DType dtype;
+  const void* scales;  // of quantised weights, bfloat16 [experts][row_count(n)][row_scales(k)], else nullptr
+  WeightFormat format;
+  void* workspace;  // on a device, aligned to 256 bytes; may be empty
+  int64_t workspace_bytes;
 };
 
 // y[t] = round(sum_j topk_weights[t][j] * expert_out[t * top_k + j]), the sum in fp32 and in the order of j;
@@ -79,8 +84,8 @@ struct MoeCombineParams {
 
 MING_CPU_OP(moe_route, MoeRouteParams)
 MING_CPU_OP(moe_permute, MoePermuteParams)
-MING_CPU_OP(grouped_gemm_swiglu, GroupedGemmParams)
-MING_CPU_OP(grouped_gemm_down, GroupedGemmParams)
+MING_OP(grouped_gemm_swiglu, GroupedGemmParams)
+MING_OP(grouped_gemm_down, GroupedGemmParams)
 MING_CPU_OP(moe_combine, MoeCombineParams)
 
 }  // namespace ming
