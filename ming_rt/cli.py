@@ -95,8 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     transcribe.add_argument("--context", help="topic or words the recording may contain")
     transcribe.add_argument("--max-tokens", type=int, metavar="N", help="longest transcript (default 512)")
 
-    info = _command(commands, "info", run_info, "show what a checkpoint holds and what it needs")
-    _add_model(info)
+    info = _command(commands, "info", run_info, "show the devices, and what a checkpoint holds and needs")
+    _add_model(info, nargs="?")
     info.add_argument("--json", action="store_true", help="machine-readable")
 
     demo = _command(commands, "demo", run_demo, "make a tiny random model and let it see, hear and answer")
@@ -123,8 +123,9 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint directory, or demo[:GENERATION] for the random demo model")
+def _add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
+    text = "checkpoint directory, or demo[:GENERATION] for the random demo model"
+    parser.add_argument("model", help=text, **options)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +134,15 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype"
     )
-    group.add_argument("--device", default="auto", help="auto or cpu")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    group.add_argument("--quant", choices=("int8", "int4"), help="pack the weights smaller, on GPUs")
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="U",
+        help="share of the GPU's memory to fill (default 0.9)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument("--stats", action="store_true", help="print timings to stderr")
 
@@ -177,6 +186,8 @@ def _load(arguments: argparse.Namespace) -> Session:
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        quant=arguments.quant,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
         threads=arguments.threads,
         progress=sys.stderr.isatty(),
     )
@@ -279,13 +290,17 @@ def run_transcribe(arguments: argparse.Namespace) -> int:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """``ming-rt info``: a checkpoint's parts, sizes and needs, without loading it; 1 if it has problems."""
+    """``ming-rt info``: devices, and a checkpoint's parts, sizes and needs; 1 if that has problems."""
     from ming_rt.pipelines.session import model_directory
-    from ming_rt.runtime.info import checkpoint_info
+    from ming_rt.runtime.info import checkpoint_info, devices_info
 
-    report = checkpoint_info(model_directory(arguments.model))
-    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report.render())
-    return 1 if report.problems else 0
+    model = None if arguments.model is None else checkpoint_info(model_directory(arguments.model))
+    reports = [model, devices_info()] if model else [devices_info()]
+    if arguments.json:
+        print(json.dumps({key: value for r in reports for key, value in r.as_dict().items()}, indent=1))
+    else:
+        print("\n".join(report.render() for report in reports))
+    return 1 if model and model.problems else 0
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

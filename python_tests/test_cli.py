@@ -116,7 +116,9 @@ def test_version(run):
         ["chat", "demo", "hi", "--dtype", "int4"],
         ["chat", "demo", "hi", "--image"],
         ["transcribe", "demo"],
-        ["info"],
+        ["chat", "demo", "hi", "--quant", "int2"],
+        ["chat", "demo", "hi", "--gpu-memory-utilization", "most"],
+        ["info", "demo", "v1"],
         ["info", "demo", "--js"],
         ["demo", "--generation", "v2"],
     ],
@@ -258,7 +260,11 @@ def test_mistakes_are_told_before_the_model_is_loaded(run, model, monkeypatch, o
     [
         ["chat", "MODEL", "hi", "--threads", "0"],
         ["chat", "MODEL", "hi", "--threads", "100000"],
-        ["chat", "MODEL", "hi", "--device", "cuda"],
+        ["chat", "MODEL", "hi", "--device", "gpu"],
+        ["chat", "MODEL", "hi", "--device", "cuda:999"],
+        ["chat", "MODEL", "hi", "--device", "cpu", "--quant", "int8"],
+        ["chat", "MODEL", "hi", "--gpu-memory-utilization", "1.5"],
+        ["transcribe", "MODEL", "SOUND", "--device", "cpu", "--quant", "int4"],
         ["chat", "MODEL", "hi", "--image", "SOUND"],
         ["chat", "MODEL", "hi", "--audio", "IMAGE"],
         ["chat", "MODEL", "hi", "--video", "SOUND"],
@@ -386,6 +392,38 @@ def test_info(run, demo_model, generation):
     assert 1.5 < weights["float32"] / weights["bfloat16"] <= 2.0
     assert cache["float32"] == 2 * cache["bfloat16"] > 0
     assert {part["name"] for part in report["parts"]} >= {"thinker", "vision"}
+
+
+def test_info_shows_the_devices(run, model, monkeypatch):
+    monkeypatch.setattr("ming_rt.runtime.info.cuda_reason", lambda: "the driver is on holiday")
+    for arguments in ([], [model]):
+        text = run("info", *arguments)
+        assert (text.code, text.err) == (0, "")
+        assert re.search(r"^devices +cpu ", text.out, re.MULTILINE)
+        assert "no GPU: the driver is on holiday\n" in text.out
+        report = json.loads(run("info", *arguments, "--json").out)
+        assert report["devices"][0]["device"] == "cpu"
+        assert report["cuda_reason"] == "the driver is on holiday"
+        assert ("generation" in report) == bool(arguments)
+
+
+def test_device_options_reach_the_session(run, model, monkeypatch):
+    asked = {}
+
+    def load(path, **options):
+        asked.update(options)
+        raise ming_rt.UnsupportedError("enough")
+
+    monkeypatch.setattr(ming_rt, "load", load, raising=False)
+    options = ["--device", "cuda:1", "--dtype", "bfloat16", "--quant", "int4"]
+    result = run("chat", model, "hi", *options, "--gpu-memory-utilization", "0.5")
+    assert (result.code, result.err) == (1, "ming-rt: enough\n")
+    assert asked.items() >= {
+        ("device", "cuda:1"),
+        ("dtype", "bfloat16"),
+        ("quant", "int4"),
+        ("gpu_memory_utilization", 0.5),
+    }
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from ming_rt import ops
@@ -52,5 +54,7 @@ class DepthwiseConv1d:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, C]`` -> ``[T, C]``."""
         channels, _, kernel = self.weight.shape
-        y = torch.nn.functional.conv1d(x.t()[None], self.weight, padding=kernel // 2, groups=channels)
+        # cuDNN would choose its algorithm, and with it the rounding of float32, by the shape.
+        with torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext():
+            y = torch.nn.functional.conv1d(x.t()[None], self.weight, padding=kernel // 2, groups=channels)
         return y[0].t()

@@ -24,12 +24,12 @@ def share(what: str, count: int, world: int) -> int:
 
 
 class Replicated:
-    """A view of a ``WeightSource`` that gives every rank the whole tensor (the encoders are not split)."""
+    """A view of a ``WeightSource`` for the encoders: every rank gets the whole tensor, none is quantised."""
 
-    rank, world = 0, 1
+    rank, world, quant = 0, 1, None
 
     def __init__(self, src: WeightSource) -> None:
-        self.dtype = src.dtype
+        self.dtype, self.device = src.dtype, src.device
         self.tensor, self.has = src.tensor, src.has
 
 

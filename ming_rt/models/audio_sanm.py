@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from ming_rt import ops
@@ -12,6 +13,7 @@ from ming_rt.layers.conv import DepthwiseConv1d
 from ming_rt.layers.linear import Linear
 from ming_rt.layers.norm import LayerNorm
 from ming_rt.layers.tap import Tap, no_tap, prefixed
+from ming_rt.runtime.upload import to_device
 from ming_rt.runtime.weights import WeightSource
 
 
@@ -57,6 +59,7 @@ class SanmEncoder:
             for name, width in zip(names, inputs, strict=True)
         ]
         self.norm = LayerNorm(src, f"{config.prefix}.after_norm", config.output_size, config.layer_norm_eps)
+        self.frequencies = _frequencies(config.input_size).to(src.device)
         self.dtype = src.dtype
 
     def lengths(self, frames: list[int]) -> list[int]:
@@ -67,10 +70,10 @@ class SanmEncoder:
         """Segments f32 ``[T_i, input_size]`` -> ``[segments, T, output_size]``, padded with zeros."""
         lengths = [len(segment) for segment in segments]
         scale = math.sqrt(self.config.output_size)
-        x = torch.cat([segment * scale + _sinusoids(len(segment), segment.shape[1]) for segment in segments])
+        x = torch.cat([segment * scale + self._sinusoids(len(segment)) for segment in segments])
         x = x.to(self.dtype)
         tap("after_pe", x)
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        cu_seqlens = to_device(np.cumsum([0, *lengths], dtype=np.int32), x.device)
         for index, block in enumerate(self.blocks):
             x = block(x, lengths, cu_seqlens, prefixed(tap, f"block{index}_"))
             tap(f"block{index}", x)
@@ -78,10 +81,14 @@ class SanmEncoder:
         tap("encoder_out", x)
         return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
 
+    def _sinusoids(self, frames: int) -> torch.Tensor:
+        """Positions from 1, all sines then all cosines: f32 ``[frames, input_size]``."""
+        device = self.frequencies.device
+        angles = torch.arange(1, frames + 1, dtype=torch.float32, device=device)[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-def _sinusoids(frames: int, width: int) -> torch.Tensor:
-    """Positions from 1, all sines then all cosines: f32 ``[frames, width]``."""
+
+def _frequencies(width: int) -> torch.Tensor:
+    """f32 ``[width // 2]``, from 1 down to 1 / 10000."""
     half = width // 2
-    inverse = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
-    angles = torch.arange(1, frames + 1, dtype=torch.float32)[:, None] * inverse
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))

@@ -78,7 +78,7 @@ class WhisperEncoder:
             )
         x = (x + self.positions[:length]).flatten(0, 1)
         tap("after_pos", x)
-        cu_seqlens = torch.arange(count + 1, dtype=torch.int32) * length
+        cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=x.device) * length
         for index, block in enumerate(self.blocks):
             x = block(x, cu_seqlens)
             tap(f"block{index}", x)

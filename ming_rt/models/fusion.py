@@ -14,6 +14,7 @@ import torch
 
 from ming_rt.config import ThinkerConfig
 from ming_rt.errors import InvalidRequestError, UnsupportedError
+from ming_rt.runtime.upload import to_device
 
 TEXT, IMAGE, AUDIO = 0, 1, 2  # router numbers, in the order the routers are stored
 
@@ -86,7 +87,8 @@ def scatter(
     order = np.argsort(where, kind="stable")
     if len(np.unique(where)) != len(where):
         raise InvalidRequestError("an audio placeholder overlaps visual placeholders of the prompt")
-    return MediaEmbeds(where[order], torch.cat(feats)[torch.from_numpy(order)])
+    placed = torch.cat(feats)
+    return MediaEmbeds(where[order], placed[to_device(order, placed.device)])
 
 
 def router_modality(

@@ -24,6 +24,7 @@ from ming_rt.models.projector import AudioProjector, VisionProjector, l2_normali
 from ming_rt.models.thinker import Thinker
 from ming_rt.models.vision import VisionTower
 from ming_rt.runtime.comm import Comm
+from ming_rt.runtime.upload import to_device
 from ming_rt.runtime.weights import WeightSource
 
 if TYPE_CHECKING:
@@ -94,11 +95,12 @@ class AudioEncoder:
 class Omni:
     """All parts the checkpoint has: ``thinker``, ``vision`` or None, and ``audio`` by encoder name.
 
-    Ranks share the thinker; every rank that encodes media holds whole encoders.
+    Everything lives on ``device``; prompts come as arrays of the host and are moved there. Ranks share the
+    thinker; every rank that encodes media holds whole encoders.
     """
 
     def __init__(self, config: OmniConfig, src: WeightSource, comm: Comm | None = None) -> None:
-        self.config = config
+        self.config, self.device = config, src.device
         whole = Replicated(src)
         hidden, depth = config.thinker.hidden_size, config.mlp_depth
         self.vision = VisionEncoder(config.vision, whole, hidden, depth) if config.vision else None
@@ -149,7 +151,7 @@ class Omni:
         pictures = np.split(pixels, grid_thw.prod(axis=1).cumsum()[:-1])
 
         def compute(missing: list[int]) -> list[list[torch.Tensor]]:
-            return [[vision(torch.from_numpy(pictures[i]), grid_thw[i : i + 1])] for i in missing]
+            return [[vision(to_device(pictures[i], self.device), grid_thw[i : i + 1])] for i in missing]
 
         found = memo([("vision", *item) for item in zip(pictures, grid_thw, strict=True)], compute)
         return torch.cat([feats for (feats,) in found])
@@ -166,6 +168,6 @@ class Omni:
         segments = prompt.audio_feats
 
         def compute(_missing: list[int]) -> list[list[torch.Tensor]]:
-            return [encoder([torch.from_numpy(segment) for segment in segments])]
+            return [encoder([to_device(segment, self.device) for segment in segments])]
 
         return memo([(prompt.audio_encoder or "", *segments)], compute)[0]

@@ -104,7 +104,8 @@ class Thinker:
         self.layers = [Layer(config, src, self.comm, index) for index in range(config.num_hidden_layers)]
         self.norm = _norm(config, src, f"{PREFIX}model.norm")
         self.head = _head(config, src)
-        self.rope = ops.rope_frequencies(config.rope)
+        frequencies, axis, scale = ops.rope_frequencies(config.rope)
+        self.rope = frequencies.to(src.device), axis.to(src.device), scale
 
     def forward(self, batch: Batch, kv: KVCache, tap: Tap = no_tap) -> ThinkerOutput:
         """Runs one step and appends the batch's keys and values to ``kv``.

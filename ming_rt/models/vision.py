@@ -17,6 +17,8 @@ from ming_rt.layers.linear import Linear
 from ming_rt.layers.mlp import GatedMLP
 from ming_rt.layers.norm import RMSNorm
 from ming_rt.layers.tap import Tap, no_tap
+from ming_rt.runtime.device import CPU
+from ming_rt.runtime.upload import to_device
 from ming_rt.runtime.weights import WeightSource
 
 PREFIX = "vision."
@@ -38,8 +40,8 @@ class Layout:
     slices: torch.Tensor
 
 
-def layout(config: VisionConfig, grid_thw: np.ndarray) -> Layout:
-    """Layout of items with the patch grids ``grid_thw`` i64 ``[n, 3]`` (t, h, w; h and w even)."""
+def layout(config: VisionConfig, grid_thw: np.ndarray, device: torch.device = CPU) -> Layout:
+    """Layout on ``device`` of items with the patch grids ``grid_thw`` i64 ``[n, 3]`` (t, h, w; h, w even)."""
     merge = config.spatial_merge_size
     edge = config.window_size // merge // config.patch_size
     positions, units, windows, slices = [], [], [], []
@@ -58,16 +60,12 @@ def layout(config: VisionConfig, grid_thw: np.ndarray) -> Layout:
             windows.append(len(window) * merge**2)
         first += item.size
     patch_positions = np.concatenate(positions, axis=1)
-    return Layout(
-        torch.from_numpy(np.concatenate([patch_positions, patch_positions[:1] * 0]).astype(np.int32)),
-        torch.from_numpy(np.concatenate(units)),
-        _cumulative(windows),
-        _cumulative(slices),
+    arrays = (
+        np.concatenate([patch_positions, patch_positions[:1] * 0]).astype(np.int32),
+        np.concatenate(units),
+        *(np.cumsum([0, *lengths], dtype=np.int32) for lengths in (windows, slices)),
     )
-
-
-def _cumulative(lengths: list[int]) -> torch.Tensor:
-    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    return Layout(*(to_device(array, device) for array in arrays))
 
 
 class Block:
@@ -116,8 +114,8 @@ class VisionTower:
         self.merger_out = Linear(src, f"{PREFIX}merger.mlp.2", unit, config.out_hidden_size)
         # Half of the rotated pairs turn with the row, half with the column.
         frequencies = ops.inv_freq(ROPE_THETA, config.head_dim // 2)
-        self.inv_freq = torch.cat([frequencies, frequencies])
-        self.axis = torch.arange(2, dtype=torch.uint8).repeat_interleave(len(frequencies))
+        self.inv_freq = torch.cat([frequencies, frequencies]).to(src.device)
+        self.axis = torch.arange(2, dtype=torch.uint8).repeat_interleave(len(frequencies)).to(src.device)
         self.dtype = src.dtype
 
     def __call__(self, pixels: torch.Tensor, grid_thw: np.ndarray, tap: Tap = no_tap) -> torch.Tensor:
@@ -125,7 +123,7 @@ class VisionTower:
 
         ``tap(name, tensor)`` receives intermediates.
         """
-        where = layout(self.config, grid_thw)
+        where = layout(self.config, grid_thw, pixels.device)
         per_unit = self.config.spatial_merge_size**2
         x = ops.linear(pixels.to(self.dtype), self.patch_embed)
         tap("patch_embed", x)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 
@@ -29,18 +31,23 @@ from ming_rt.pipelines.asr import Context, asr_request, transcript
 from ming_rt.pipelines.events import Done, Transcript
 from ming_rt.runtime import weights
 from ming_rt.runtime.checkpoint import Checkpoint
+from ming_rt.runtime.device import Device, cuda_reason, resolve
 from ming_rt.runtime.engine import Engine, EngineOptions, EngineStats
 from ming_rt.runtime.handle import Handle
 from ming_rt.runtime.kv_cache import KVCache
 from ming_rt.runtime.memory import available_memory
+from ming_rt.runtime.planner import MemoryPlan, activation_bytes
 from ming_rt.runtime.progress import ProgressBar
 from ming_rt.runtime.request import SamplingParams
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quant = Literal["int8", "int4"]
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+QUANTS = get_args(Quant)
 PAGE_SIZE = 32
 MAX_THREADS = 1024  # of the kernels' thread pool
+# On the CPU:
 KV_SHARE = 0.25  # of the free memory
 KV_LEAST = 64 << 20  # where hardly anything is free; pages take memory only when they are used
 KV_SEQUENCES = 4  # of full length that the cache should hold, if that is less
@@ -65,6 +72,8 @@ class SessionInfo:
 
     path: Path
     generation: Generation
+    device: str
+    """cpu, cuda:N or emu."""
     dtype: str
     parts: tuple[str, ...]
     """thinker, and those of vision, whisper, sanm that the checkpoint has."""
@@ -86,18 +95,22 @@ class Session:
     Args:
         path: checkpoint directory in upstream's layout, or ``"demo"`` / ``"demo:GENERATION"`` for the tiny
             random model.
-        device: ``"auto"`` or ``"cpu"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: a GPU if one can be used, else the CPU.
+            (``"emu"`` emulates the CUDA kernels on the CPU, for their development: very slow.)
         dtype: compute dtype; ``"auto"`` is bfloat16, in which the original runs its models.
         tp: tensor-parallel ranks; 1.
-        quant: weight quantisation; None.
+        quant: ``"int8"`` or ``"int4"``: the thinker's weights take a half or a quarter of the memory, on GPUs
+            only; None = as computed with.
         threads: CPU threads of the kernels, for the whole process; None leaves them as they are.
         progress: draw a progress bar while a big checkpoint loads.
-        kv_bytes: memory of the KV cache; None = a quarter of the free memory, at most what four sequences of
-            full length need.
+        kv_bytes: memory of the KV cache; None = on the CPU a quarter of the free memory, at most what four
+            sequences of full length need; on a GPU what the rest leaves, at most ``max_num_seqs`` of those.
         max_model_len: longest prompt + answer in tokens; None = what the model was trained for, or what the
             cache holds if that is less.
         max_num_seqs: requests that run at the same time; more wait.
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into several steps.
+        gpu_memory_utilization: share of a GPU's memory, above 0 to 1, that may be full in the end: with what
+            others use, weights, activations and KV cache.
         limits: caps on what one request may bring.
 
     Raises:
@@ -114,16 +127,22 @@ class Session:
         device: str = "auto",
         dtype: Dtype = "auto",
         tp: int = 1,
-        quant: str | None = None,
+        quant: Quant | None = None,
         threads: int | None = None,
         progress: bool = False,
         kv_bytes: int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
+        gpu_memory_utilization: float = 0.9,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        compute = _check_build(device, dtype, tp, quant)
+        place, compute = _check_build(device, dtype, tp, quant)
+        share = gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise InvalidRequestError(
+                f"gpu_memory_utilization: expected a number above 0 and up to 1, got {shown(share)}"
+            )
         given = {"kv_bytes": kv_bytes, "max_model_len": max_model_len, "threads": threads}
         for name, value in given.items():
             most = MAX_THREADS if name == "threads" else 1 << 48
@@ -143,16 +162,33 @@ class Session:
         self._processor = Processor(config, tokenizer, directory, limits)
         if threads is not None:
             ops.set_num_threads(threads)
-        bar = ProgressBar("loading") if progress else None
-        model = weights.load(lambda src: Omni(config, src), Checkpoint(directory), compute, progress=bar)
-
-        options = _with_pages(options, thinker, compute, kv_bytes, max_model_len)
-        self._engine = Engine(model, tokenizer, tokenizer.stop_ids(config.generation), compute, options)
+        release = place.hold()
+        try:
+            build = functools.partial(Omni, config)
+            checkpoint = Checkpoint(directory)
+            planned = weights.plan(build, checkpoint, compute, device=place, quant=quant)
+            if place.kind == "cuda":
+                memory = _memory_plan(place, share, planned.nbytes, config, compute, options)
+                options = _with_pages(options, thinker, compute, kv_bytes, max_model_len, memory)
+            bar = ProgressBar("loading") if progress else None
+            model = weights.load(
+                build, checkpoint, compute, device=place, quant=quant, progress=bar, planned=planned
+            )
+            if place.kind != "cuda":
+                options = _with_pages(options, thinker, compute, kv_bytes, max_model_len)
+            self._engine = Engine(model, tokenizer, tokenizer.stop_ids(config.generation), compute, options)
+        except BaseException:
+            release()
+            raise
+        # The engine may outlive the session in the handle of a stream; the model lives as long as the engine.
+        self._release = weakref.finalize(model, release)
+        self._release.atexit = False
         self._config = config
         self._closed = False
         self.info = SessionInfo(
             path=directory,
             generation=config.generation,
+            device=str(place),
             dtype=str(compute).removeprefix("torch."),
             parts=("thinker", *(["vision"] if config.vision else []), *sorted(config.audio)),
             max_model_len=self._engine.max_model_len,
@@ -261,6 +297,7 @@ class Session:
         """End all requests (they fail with ``EngineClosedError``) and the engine's thread."""
         self._closed = True
         self._engine.close()
+        self._release()
 
     def __enter__(self) -> Session:
         return self
@@ -291,20 +328,40 @@ class Session:
         return messages, {**sampling, **options}
 
 
-def _check_build(device: str, dtype: str, tp: int, quant: str | None) -> torch.dtype:
-    if not isinstance(device, str) or device not in ("auto", "cpu"):
-        raise UnsupportedError(
-            f"device: found {shown(device)}, expected 'auto' or 'cpu' (cuda kernels are not built)"
-        )
+def _check_build(device: str, dtype: str, tp: int, quant: str | None) -> tuple[Device, torch.dtype]:
+    place = resolve(device)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InvalidRequestError(f"dtype: found {shown(dtype)}, expected {', '.join(DTYPES)}")
     if type(tp) is not int or tp != 1:
-        raise UnsupportedError(f"tp: found {shown(tp)}, expected 1 (one process is all a CPU session uses)")
-    if quant is not None:
-        raise UnsupportedError(
-            f"quant: found {shown(quant)}, expected None (weights run as float32 or bfloat16)"
-        )
-    return DTYPES[dtype]
+        raise UnsupportedError(f"tp: found {shown(tp)}, expected 1 (one process is all a session uses)")
+    if quant is not None and (not isinstance(quant, str) or quant not in QUANTS):
+        raise InvalidRequestError(f"quant: found {shown(quant)}, expected None, {' or '.join(QUANTS)}")
+    if quant is not None and place.kind == "cpu":
+        reason = cuda_reason() if device == "auto" else f"device is {device!r}"
+        raise UnsupportedError(f"quant: found {quant!r}, which needs a GPU, but {reason}")
+    return place, DTYPES[dtype]
+
+
+def _memory_plan(
+    place: Device,
+    utilization: float,
+    weight_bytes: int,
+    config: OmniConfig,
+    dtype: torch.dtype,
+    options: EngineOptions,
+) -> MemoryPlan:
+    """Where the memory of a GPU will go, as it is used now."""
+    torch.cuda.empty_cache()  # what earlier sessions of this process left behind
+    free, total = torch.cuda.mem_get_info(place.torch)
+    return MemoryPlan(
+        device=f"{place} ({place.name})",
+        total=total,
+        used=total - free,
+        utilization=utilization,
+        weights=weight_bytes,
+        activations=activation_bytes(config, dtype, options.max_num_batched_tokens, options.max_num_seqs),
+        media=options.media_cache_bytes,
+    )
 
 
 def _page_bytes(thinker: ThinkerConfig, dtype: torch.dtype) -> int:
@@ -319,13 +376,19 @@ def _with_pages(
     dtype: torch.dtype,
     kv_bytes: int | None,
     max_model_len: int | None,
+    plan: MemoryPlan | None = None,
 ) -> EngineOptions:
-    """The options with the KV cache sized by what was asked for and the memory free now."""
+    """The options with a KV cache as large as asked for, or as a GPU's plan or the host's memory allow."""
     per_page = _page_bytes(thinker, dtype)
     length = max_model_len or thinker.rope.max_position_embeddings
     needed = -(-length // PAGE_SIZE) * per_page
-    free = max(int(available_memory() * KV_SHARE), KV_LEAST)
-    budget = kv_bytes or min(free, KV_SEQUENCES * needed)
+    if plan is None:
+        free = max(int(available_memory() * KV_SHARE), KV_LEAST)
+        budget = kv_bytes or min(free, KV_SEQUENCES * needed)
+    else:
+        least = kv_bytes or (needed if max_model_len else per_page)
+        plan.check(least, f"a cache of {least // per_page * PAGE_SIZE} tokens")
+        budget = kv_bytes or min(plan.kv, options.max_num_seqs * needed)
     if max_model_len is not None and budget < needed:
         raise CapacityError(
             f"max_model_len: {max_model_len} tokens need {needed} bytes of KV cache, got {budget}; "

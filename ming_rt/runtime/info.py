@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds and needs, without reading tensor data: the facts of ``ming-rt info``."""
+"""The facts of ``ming-rt info``: devices, and what a checkpoint holds and needs, told by its headers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ming_rt.config import Generation, OmniConfig, ThinkerConfig
 from ming_rt.errors import MingError
 from ming_rt.models.omni import Omni
 from ming_rt.runtime.checkpoint import Checkpoint
+from ming_rt.runtime.device import Device, available, cuda_reason
 from ming_rt.runtime.kv_cache import KVCache
 from ming_rt.runtime.weights import PlanSource
 
@@ -94,6 +95,37 @@ class CheckpointInfo:
         for label, items in (("ignored keys", self.ignored_keys), ("notes", self.notes)):
             lines += _listed(label, items) if items else []
         return "\n".join(lines + _listed("problems", self.problems or ("none",)))
+
+
+@dataclass(frozen=True)
+class DevicesInfo:
+    """The devices a session can use, and why no GPU is among them (None where one is)."""
+
+    devices: tuple[Device, ...]
+    cuda_reason: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        devices = [asdict(device) | {"device": str(device)} for device in self.devices]
+        for device in devices:
+            del device["torch"]
+        return {"devices": devices, "cuda_reason": self.cuda_reason}
+
+    def render(self) -> str:
+        """A few aligned lines for a terminal."""
+        lines = []
+        for device in self.devices:
+            lines.append(f"{device!s:<9} {device.name}, {_size(device.total_memory)}")
+            if device.capability:
+                lines[-1] += f", compute capability {'.'.join(map(str, device.capability))}"
+        if self.cuda_reason:
+            lines.append(f"no GPU: {self.cuda_reason}")
+        return "\n".join(_listed("devices", lines))
+
+
+def devices_info() -> DevicesInfo:
+    """Asks build, torch and driver what there is."""
+    return DevicesInfo(tuple(available()), cuda_reason())
 
 
 def checkpoint_info(directory: str | Path) -> CheckpointInfo:

@@ -20,7 +20,9 @@ import torch
 
 from ming_rt.errors import CapacityError, WeightsError
 from ming_rt.runtime.checkpoint import FLOAT_DTYPES, THINKER_PREFIXES, Checkpoint, TensorInfo
+from ming_rt.runtime.device import CPU, Device
 from ming_rt.runtime.memory import available_memory
+from ming_rt.runtime.upload import Uploader, to_device
 
 __all__ = [
     "Checkpoint",
@@ -38,17 +40,25 @@ Shard = tuple[int, int, int]  # dim, rank, world: the rank's equal share of that
 Progress = Callable[[int, int], None]  # bytes done, bytes in total
 T = TypeVar("T")
 
+META = torch.device("meta")
+
 # Tensors asked for together are used together: a view's file pages are given back this many requests later.
 _IN_USE = 4
 _COPY_BYTES = 8 << 20
 
 
 class WeightSource(Protocol):
-    """What model constructors need. ``dtype`` is the compute dtype, ``rank`` of ``world`` the split."""
+    """What model constructors need.
+
+    ``dtype`` is the compute dtype, ``rank`` of ``world`` the split, ``device`` where everything a model keeps
+    lives, ``quant`` (None, "int8" or "int4") what the thinker packs its large weights as.
+    """
 
     dtype: torch.dtype
     rank: int
     world: int
+    device: torch.device
+    quant: str | None
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds this tensor (for those that are optional)."""
@@ -59,8 +69,8 @@ class WeightSource(Protocol):
     ) -> torch.Tensor:
         """The tensor ``name`` of full shape ``shape``; raises WeightsError if it is missing or different.
 
-        With ``dtype`` the result is converted, contiguous and owned by the caller. Without, it keeps the
-        stored dtype and may be a view of the mapped file: for packing at once, not for keeping.
+        It is on ``device``. With ``dtype`` it is converted, contiguous and owned by the caller. Without, it
+        keeps the stored dtype and may be a view of the mapped file: for packing at once, not for keeping.
         ``shard`` takes one rank's share of a dim.
         """
         ...
@@ -88,12 +98,24 @@ def take_shard(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
     return tensor.narrow(dim, rank * size, size)
 
 
+def rows_nbytes(n: int, k: int, dtype: torch.dtype, quant: str | None = None) -> int:
+    """Bytes of an [n, k] weight in the row layout (csrc/ops/gemm/gemm.h), padding and scales included."""
+    if quant is None:
+        unit = 16 // dtype.itemsize
+        return n * (-(-k // unit) * unit) * dtype.itemsize
+    groups = -(-k // 64)
+    return n * groups * (2 + (64 if quant == "int8" else 32))
+
+
 class PlanSource:
     """Meta tensors; remembers what was asked for.
 
     ``check()`` compares that with the checkpoint before any data are read; ``nbytes`` and ``parameters``
-    count what the model will hold.
+    count what the model will hold. With ``rows`` the bytes are those of a GPU's packed layout, row padding
+    and quantisation included; without, those of the plain values.
     """
+
+    device = META
 
     def __init__(
         self,
@@ -101,8 +123,12 @@ class PlanSource:
         dtype: torch.dtype = torch.bfloat16,
         rank: int = 0,
         world: int = 1,
+        *,
+        quant: str | None = None,
+        rows: bool = False,
     ) -> None:
         self.dtype, self.rank, self.world = dtype, rank, world
+        self.quant, self.rows = quant, rows
         self.checkpoint = checkpoint
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.nbytes = 0
@@ -122,10 +148,17 @@ class PlanSource:
         else:
             self.shapes[name] = full
             self.parameters += math.prod(full)
-            self.nbytes += math.prod(part) * (dtype or self.dtype).itemsize
+            self.nbytes += self._kept(name, part, dtype)
         stored = self.checkpoint.tensors.get(name) if self.checkpoint else None
         stored_dtype = FLOAT_DTYPES.get(stored.dtype) if stored else None
         return torch.empty(part, dtype=dtype or stored_dtype or self.dtype, device="meta")
+
+    def _kept(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> int:
+        """Bytes of a tensor as the model keeps it; one asked for without a dtype gets packed."""
+        if dtype is None and self.rows:
+            quant = self.quant if name.startswith("model.") else None  # the encoders stay as they are
+            return rows_nbytes(shape[0], math.prod(shape[1:]), self.dtype, quant)
+        return math.prod(shape) * (dtype or self.dtype).itemsize
 
     def problems(self) -> list[str]:
         """Everything wrong: the files' own damage, then missing, malformed and unexpected tensors."""
@@ -159,7 +192,11 @@ class CheckpointSource:
     """Tensors of a checkpoint, straight from the mapped files.
 
     File pages are given back as soon as their tensor was handed on, so that reading adds a few MB to the
-    tensors kept. ``progress`` is called with the stored bytes done and in total.
+    tensors kept. To a GPU the stored bytes travel through two staging buffers; conversion is done there.
+
+    Args:
+        progress: called with the stored bytes done and in total.
+        upload: takes a tensor of the host to ``device``; None = as it is done for that device.
     """
 
     def __init__(
@@ -170,8 +207,14 @@ class CheckpointSource:
         rank: int = 0,
         world: int = 1,
         total_bytes: int | None = None,
+        *,
+        device: torch.device = CPU,
+        quant: str | None = None,
+        upload: Uploader | None = None,
     ) -> None:
         self.dtype, self.rank, self.world = dtype, rank, world
+        self.device, self.quant = device, quant
+        self.upload = Uploader(device) if upload is None and device.type == "cuda" else upload
         self.checkpoint = checkpoint
         self.progress = progress
         self.done_bytes = 0
@@ -199,14 +242,22 @@ class CheckpointSource:
         self.done_bytes += info.nbytes
         if self.progress:
             self.progress(self.done_bytes, self.total_bytes)
+        if self.upload:
+            uploaded = self.upload(view, lambda: self.checkpoint.advise(name, mmap.MADV_DONTNEED))
+            return uploaded if dtype is None else uploaded.to(dtype)
         if dtype is not None:
             return self._copy(info, view, dtype)
         self._in_use.append(name)
         return view
 
     def finish(self) -> None:
-        """Gives all pages back; views handed out stay valid (they are read again if used)."""
+        """Gives all pages back, and a GPU's memory that only reading took.
+
+        Views handed out stay valid (they are read again if used).
+        """
         self.checkpoint.drop_pages()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _copy(self, info: TensorInfo, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Converts piece by piece, giving pages back in between."""
@@ -237,7 +288,7 @@ class RandomSource:
     """Normal random tensors, a function of seed and name only. For benches and the demo checkpoint.
 
     Tensors above ``_POOL`` values repeat a common pool from a name-dependent place: good enough for
-    timing, and filled at the speed of a copy.
+    timing, and filled at the speed of a copy. The numbers are the same on every device.
     """
 
     _POOL = (1 << 18) + 7  # not a multiple of any row length, so that rows differ
@@ -249,8 +300,12 @@ class RandomSource:
         scale: Callable[[str, tuple[int, ...]], tuple[float, float]] = default_scale,
         rank: int = 0,
         world: int = 1,
+        *,
+        device: torch.device = CPU,
+        quant: str | None = None,
     ) -> None:
         self.dtype, self.rank, self.world = dtype, rank, world
+        self.device, self.quant = device, quant
         self.seed, self.scale = seed, scale
         self._pool = self._normal("", self._POOL)
 
@@ -277,7 +332,7 @@ class RandomSource:
     def _normal(self, name: str, count: int) -> torch.Tensor:
         # numpy's generators give the same numbers on every instruction set; torch's do not promise it.
         generator = np.random.Generator(np.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
-        return torch.from_numpy(generator.standard_normal(count, dtype=np.float32))
+        return to_device(generator.standard_normal(count, dtype=np.float32), self.device)
 
 
 class RecordingSource:
@@ -291,6 +346,7 @@ class RecordingSource:
     """
 
     world, rank = 1, 0
+    device, quant = META, None
 
     def __init__(self, source: WeightSource, stored: Callable[[str], torch.dtype]) -> None:
         self.source, self.stored, self.dtype = source, stored, source.dtype
@@ -307,33 +363,67 @@ class RecordingSource:
         return torch.empty(sharded(shape, shard), dtype=dtype or stored, device="meta")
 
 
+def plan(
+    build: Callable[[WeightSource], object],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    device: Device | None = None,
+    quant: str | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> PlanSource:
+    """What a model will read and hold; the arguments are those of ``load``.
+
+    Raises:
+        WeightsError: names everything missing, unexpected or malformed.
+    """
+    rows = device is not None and device.kind != "cpu"
+    source = PlanSource(checkpoint, dtype, rank, world, quant=quant, rows=rows)
+    build(source)
+    source.check()
+    return source
+
+
 def load(
     build: Callable[[WeightSource], T],
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     *,
+    device: Device | None = None,
+    quant: str | None = None,
     rank: int = 0,
     world: int = 1,
     progress: Progress | None = None,
+    planned: PlanSource | None = None,
 ) -> T:
     """Builds a model from a checkpoint: every tensor is accounted for before the first byte is read.
 
     Args:
         build: calls the model's constructor with the source it is given; called twice.
         dtype: compute dtype, torch.float32 or torch.bfloat16.
+        device: where the model lives; None = the CPU.
+        quant: what the thinker's large weights are packed as, "int8" or "int4"; None = ``dtype``.
         progress: called with the stored bytes done and in total.
+        planned: the result of ``plan``, if that was called before.
 
     Raises:
         WeightsError: names everything missing, unexpected or malformed.
         CapacityError: the weights do not fit into the free memory.
     """
-    plan = PlanSource(checkpoint, dtype, rank, world)
-    build(plan)
-    plan.check()
-    if plan.nbytes > (free := available_memory()):
-        raise CapacityError(f"the weights need {plan.nbytes} bytes of memory, {free} are free")
-    total = sum(checkpoint.tensors[name].nbytes for name in plan.shapes)
-    source = CheckpointSource(checkpoint, dtype, progress, rank, world, total_bytes=total)
-    model = build(source)
+    device = device or Device()
+    planned = planned or plan(build, checkpoint, dtype, device=device, quant=quant, rank=rank, world=world)
+    if device.torch.type == "cpu" and planned.nbytes > (free := available_memory()):
+        raise CapacityError(f"the weights need {planned.nbytes} bytes of memory, {free} are free")
+    total = sum(checkpoint.tensors[name].nbytes for name in planned.shapes)
+    source = CheckpointSource(
+        checkpoint, dtype, progress, rank, world, total, device=device.torch, quant=quant
+    )
+    try:
+        model = build(source)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{device}: the weights of {planned.nbytes} bytes do not fit into the free memory"
+        ) from error
     source.finish()
     return model

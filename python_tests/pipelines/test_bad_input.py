@@ -684,7 +684,11 @@ def test_the_smallest_sampling_set_is_the_greedy_one(lite):
 
 
 @pytest.mark.parametrize(
-    "name", ["kv_bytes", "max_model_len", "threads", "max_num_seqs", "limits", "dtype", "device"]
+    "name",
+    [
+        *("kv_bytes", "max_model_len", "threads", "max_num_seqs", "limits", "dtype", "device", "quant"),
+        "gpu_memory_utilization",
+    ],
 )
 def test_wild_load_options(demo_model, name):
     """Refused by name. Not all: a cache of 2^31 bytes or one sequence at a time are legal."""
@@ -692,7 +696,8 @@ def test_wild_load_options(demo_model, name):
         legal = (
             value is None or (isinstance(value, int) and 1 <= value <= 2**31) or isinstance(value, np.int64)
         )
-        if legal or (name, value is True) == ("limits", True):
+        share = name == "gpu_memory_utilization" and isinstance(value, float) and 0 < value <= 1
+        if legal or share:
             continue
         with pytest.raises(MingError, match=name) as caught:
             ming_rt.load(demo_model("v1.5"), **{name: value})

@@ -355,9 +355,12 @@ def test_wrong_transcription_arguments(session, arguments, error, match):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"device": "cuda"}, UnsupportedError, "cuda kernels are not built"),
+        ({"device": "gpu"}, InvalidRequestError, "^device: found 'gpu', expected 'auto', 'cpu', 'cuda'"),
+        ({"device": "cuda:999"}, UnsupportedError, "^device: found 'cuda:999', "),
         ({"tp": 2}, UnsupportedError, "^tp: found 2, expected 1"),
-        ({"quant": "int8"}, UnsupportedError, "^quant: found 'int8'"),
+        ({"quant": "int8", "device": "cpu"}, UnsupportedError, "^quant: found 'int8', which needs a GPU"),
+        ({"quant": "fp4"}, InvalidRequestError, "^quant: found 'fp4', expected None, int8 or int4"),
+        ({"gpu_memory_utilization": 0}, InvalidRequestError, "^gpu_memory_utilization: expected a number"),
         ({"dtype": "float16"}, InvalidRequestError, "^dtype: found 'float16', expected auto"),
         ({"threads": 0}, InvalidRequestError, "^threads: expected a positive integer"),
         ({"kv_bytes": 1.5}, InvalidRequestError, "^kv_bytes: expected"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ming_rt.errors import WeightsError
+from ming_rt.errors import CapacityError, WeightsError
 from ming_rt.runtime.checkpoint import Checkpoint
 from ming_rt.runtime.progress import ProgressBar
 from ming_rt.runtime.weights import (
@@ -332,6 +332,25 @@ def test_plan_counts(tmp_path):
     plan.check()
 
 
+@pytest.mark.parametrize(
+    ("quant", "dtype", "expected"),
+    [
+        # model.a [3, 70] packed, model.b [70] kept, vision.c [3, 2, 70] packed; [n, kp] of whole 16 bytes.
+        (None, torch.bfloat16, 3 * 72 * 2 + 70 * 2 + 3 * 144 * 2),
+        (None, torch.float32, 3 * 72 * 4 + 70 * 4 + 3 * 140 * 4),
+        # Whole groups of 64 with a bfloat16 scale each; the encoders are not quantised.
+        ("int8", torch.bfloat16, 3 * 2 * (64 + 2) + 70 * 2 + 3 * 144 * 2),
+        ("int4", torch.bfloat16, 3 * 2 * (32 + 2) + 70 * 2 + 3 * 144 * 2),
+    ],
+)
+def test_plan_counts_the_packed_layout(quant, dtype, expected):
+    plan = PlanSource(dtype=dtype, quant=quant, rows=True)
+    plan.tensor("model.a", (3, 70))
+    plan.tensor("model.b", (70,), dtype)
+    plan.tensor("vision.c", (3, 2, 70))
+    assert plan.nbytes == expected
+
+
 def test_source_without_a_plan_still_refuses(tmp_path):
     save_file(TOY, tmp_path / "model.safetensors")
     source = CheckpointSource(Checkpoint(tmp_path), torch.float32)
@@ -339,6 +358,47 @@ def test_source_without_a_plan_still_refuses(tmp_path):
         source.tensor("audio.b", (6, 5))
     with pytest.raises(WeightsError, match=r"audio\.c: missing"):
         source.tensor("audio.c", (6, 5))
+
+
+class Late:
+    """An upload that keeps what it was given and arrives as a copy; ``Uploader`` has tests of its own."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, host: torch.Tensor, taken) -> torch.Tensor:
+        self.seen.append(host.clone())
+        taken()
+        return host.clone()
+
+
+def test_the_stored_dtype_crosses_the_bus(tmp_path):
+    save_file(TOY, tmp_path / "model.safetensors")
+    upload, checkpoint, given_back = Late(), Checkpoint(tmp_path), []
+    advise = checkpoint.advise
+    checkpoint.advise = lambda name, advice: (given_back.append(name), advise(name, advice))
+    source = CheckpointSource(checkpoint, torch.float32, rank=1, world=2, upload=upload)
+    model = Toy(source)
+    source.finish()
+    assert [t.dtype for t in upload.seen] == [torch.float16, torch.float32, torch.bfloat16]
+    assert [tuple(t.shape) for t in upload.seen] == [(4, 6), (6,), (6, 2)], "only the rank's share"
+    assert given_back == ["model.a.weight", "model.norm.weight", "audio.b"]
+    assert model.a.dtype == torch.float16
+    assert torch.equal(model.a, TOY["model.a.weight"])
+    assert model.part.dtype == torch.float32
+    assert torch.equal(model.part, TOY["audio.b"][:, 2:].float())
+
+
+def test_memory_that_runs_out_on_the_device(tmp_path):
+    save_file(TOY, tmp_path / "model.safetensors")
+
+    def build(src):
+        if src.device.type != "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        Toy(src)
+
+    with pytest.raises(CapacityError, match="cpu: the weights of 108 bytes do not fit"):
+        load(build, Checkpoint(tmp_path), torch.bfloat16)
 
 
 def test_random_source_depends_on_seed_and_name_only():

@@ -1,0 +1,93 @@
+"""How a GPU's memory is shared out before the first weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ming_rt.config import OmniConfig, SanmConfig, ThinkerConfig, VisionConfig, WhisperConfig
+from ming_rt.errors import CapacityError
+
+RESERVE = 512 << 20  # kernels' code and scratch, the buffers of decode graphs, unusable gaps
+# Patches of one video with the pixels that flash takes by default. A request may ask for more, and fails
+# alone if the memory does not suffice.
+MEDIUM_PATCHES = 49152
+RECORDING_FRAMES = {"whisper": 15000, "sanm": 5000}  # encoder frames of a recording of 300 s
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All numbers in bytes but ``utilization``, the share of ``total`` this process may fill.
+
+    ``used`` is taken already, by others and by what this process holds; ``activations`` is the peak of one
+    step or of encoding one medium, which never run at once; ``media`` keeps encoded media.
+    """
+
+    device: str
+    total: int
+    used: int
+    utilization: float
+    weights: int
+    activations: int
+    media: int
+    reserve: int = RESERVE
+
+    @property
+    def kv(self) -> int:
+        """What is left for KV pages; below 0 where the rest does not even fit."""
+        taken = self.used + self.weights + self.activations + self.media + self.reserve
+        return int(self.total * self.utilization) - taken
+
+    def check(self, kv: int, what: str) -> None:
+        """Raises CapacityError with all numbers unless ``kv`` bytes, needed for ``what``, are left."""
+        if self.kv < kv:
+            left = f"{self.kv} are left" if self.kv >= 0 else f"the rest alone lacks {-self.kv}"
+            raise CapacityError(
+                f"{self.device}: {what} needs {kv} bytes of KV cache, {left}: gpu_memory_utilization "
+                f"{self.utilization:g} of {self.total} bytes, less {self.used} in use, {self.weights} for "
+                f"weights, {self.activations} for activations, {self.media} for encoded media and "
+                f"{self.reserve} in reserve"
+            )
+
+
+def activation_bytes(config: OmniConfig, dtype: torch.dtype, tokens: int, sequences: int) -> int:
+    """Most memory that a step of ``tokens`` tokens and ``sequences`` answers, or one encoder, works in.
+
+    A step: the residual stream, then the larger of the attention's and the feed-forward's tensors, for every
+    token; and for every answer its float32 logits with two copies. An encoder: the same sum over its rows. A
+    tenth is added, since freed tensors leave gaps.
+    """
+    size = dtype.itemsize
+    rows = [thinker_values(config.thinker) * tokens * size + 3 * 4 * config.thinker.vocab_size * sequences]
+    if config.vision:
+        pixels = config.vision.patch_dim * (4 + size)  # as they come in float32, and converted
+        rows.append(MEDIUM_PATCHES * (pixels + vision_values(config.vision) * size))
+    rows += [RECORDING_FRAMES[name] * audio_values(audio) * size for name, audio in config.audio.items()]
+    return max(rows) * 11 // 10
+
+
+def thinker_values(config: ThinkerConfig) -> int:
+    """Values per token that a layer has at once."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    stream = 4 * hidden  # embeddings, residual, its norm, the block's output
+    # The projection of all heads, rotated queries, the attention's output.
+    attention = (3 * heads + 2 * config.num_key_value_heads) * config.head_dim
+    dense = config.intermediate_size or 0
+    # Of each chosen expert its inner row, its output and 12 bytes of routing; the shared expert; the logits.
+    chosen = config.num_experts_per_tok * (config.moe_intermediate_size + hidden + 6)
+    shared = config.num_shared_experts * config.moe_intermediate_size + hidden
+    return stream + max(attention, dense, chosen + shared + 2 * config.num_experts)
+
+
+def vision_values(config: VisionConfig) -> int:
+    """Values per patch that a block has at once; every patch also has its row of cosines and sines."""
+    stream = 3 * config.hidden_size + 2 * config.head_dim
+    return stream + max(5 * config.hidden_size, 2 * config.intermediate_size)
+
+
+def audio_values(config: WhisperConfig | SanmConfig) -> int:
+    """Values per encoder frame that a block, or Whisper's unfolded convolutions, have at once."""
+    if isinstance(config, WhisperConfig):
+        return 3 * config.n_state + max(5 * config.n_state, 6 * config.n_mels)
+    return 4 * config.output_size + max(4 * config.output_size, config.linear_units, 2 * config.input_size)
