@@ -1,6 +1,8 @@
 // The extension modules ming_rt._cpu, ming_rt._cuda and ming_rt._emu: registration only.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+
 #if MING_BACKEND_CUDA
 #include "common/device.h"
 #include "common/device_status.h"
@@ -13,6 +15,7 @@ namespace py = pybind11;
 
 namespace ming::binding {
 void register_attention(py::module_& m);
+void register_decode(py::module_& m);
 void register_gemm(py::module_& m);
 void register_image(py::module_& m);
 void register_moe(py::module_& m);
@@ -24,7 +27,12 @@ void register_spectral(py::module_& m);
 #if MING_BACKEND_CUDA
 // What a kernel found wrong since the last call, None or (sentence, value), and forgets it.
 py::object take_fault() {
-  DeviceStatus* status = device_status();
+  DeviceStatus* status = nullptr;
+  try {
+    status = device_status();
+  } catch (const std::runtime_error&) {  // no driver: no kernel has run
+    return py::none();
+  }
   const volatile int32_t* word = &status->fault;
   if (*word == 0) return py::none();
   const auto found = py::make_tuple(fault_text(Fault(*word)), status->value);
@@ -52,7 +60,8 @@ PYBIND11_MODULE(MING_MODULE, m) {
   binding::register_image(m);
   binding::register_moe(m);
   binding::register_rope(m);
-  binding::register_sampling(m);
 #endif
+  binding::register_decode(m);
   binding::register_norm(m);
+  binding::register_sampling(m);
 }

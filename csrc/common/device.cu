@@ -1,3 +1,5 @@
+#include <atomic>
+
 #include "common/device.h"
 #include "common/gpu.h"
 
@@ -18,15 +20,24 @@ DeviceScope::~DeviceScope() {}
 
 #else
 
+namespace {
+std::atomic<DeviceStatus*> known_status{nullptr};
+}
+
 DeviceStatus* device_status() {
   // Host memory that every device can write: a look at it needs no copy and no wait.
   static DeviceStatus* const status = [] {
     void* memory = nullptr;
     gpu::check(cudaHostAlloc(&memory, sizeof(DeviceStatus), cudaHostAllocMapped | cudaHostAllocPortable),
                "status word");
-    return new (memory) DeviceStatus{};
+    known_status = new (memory) DeviceStatus{};
+    return known_status.load();
   }();
   return status;
+}
+
+DeviceStatus* known_device_status() {
+  return known_status;
 }
 
 int device_count() {

@@ -54,6 +54,9 @@ struct DeviceStatus {
   int32_t value;  // the offending value, cut to 32 bits
 };
 
-DeviceStatus* device_status();  // one word per process in memory both sides see
+// One word per process in memory both sides see, made at the first launch that may report.
+DeviceStatus* device_status();
+// The word if there is one yet, else nullptr: asking touches no driver.
+DeviceStatus* known_device_status();
 
 }  // namespace ming
