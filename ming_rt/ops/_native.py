@@ -68,7 +68,7 @@ def emulate(on: bool) -> None:
         return
     try:
         _modules["cpu"] = import_module("ming_rt._emu")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
             "the emulated CUDA kernels are not built; in the source tree, "
             "`MING_RT_MODULES=emu python setup.py build_ext --inplace` builds them"
