@@ -13,7 +13,7 @@ from ming_rt.layers.conv import DepthwiseConv1d
 from ming_rt.layers.linear import Linear
 from ming_rt.layers.norm import LayerNorm
 from ming_rt.layers.tap import Tap, no_tap, prefixed
-from ming_rt.runtime.upload import to_device
+from ming_rt.runtime.transfer import send
 from ming_rt.runtime.weights import WeightSource
 
 
@@ -73,7 +73,7 @@ class SanmEncoder:
         x = torch.cat([segment * scale + self._sinusoids(len(segment)) for segment in segments])
         x = x.to(self.dtype)
         tap("after_pe", x)
-        cu_seqlens = to_device(np.cumsum([0, *lengths], dtype=np.int32), x.device)
+        (cu_seqlens,) = send([np.cumsum([0, *lengths], dtype=np.int32)], x.device)
         for index, block in enumerate(self.blocks):
             x = block(x, lengths, cu_seqlens, prefixed(tap, f"block{index}_"))
             tap(f"block{index}", x)

@@ -14,7 +14,7 @@ import torch
 
 from ming_rt.config import ThinkerConfig
 from ming_rt.errors import InvalidRequestError, UnsupportedError
-from ming_rt.runtime.upload import to_device
+from ming_rt.runtime.transfer import send
 
 TEXT, IMAGE, AUDIO = 0, 1, 2  # router numbers, in the order the routers are stored
 
@@ -87,8 +87,9 @@ def scatter(
     order = np.argsort(where, kind="stable")
     if len(np.unique(where)) != len(where):
         raise InvalidRequestError("an audio placeholder overlaps visual placeholders of the prompt")
-    placed = torch.cat(feats)
-    return MediaEmbeds(where[order], placed[to_device(order, placed.device)])
+    found = torch.cat(feats)
+    (ascending,) = send([order], found.device)
+    return MediaEmbeds(where[order], found[ascending])
 
 
 def router_modality(

@@ -24,7 +24,7 @@ from ming_rt.models.projector import AudioProjector, VisionProjector, l2_normali
 from ming_rt.models.thinker import Thinker
 from ming_rt.models.vision import VisionTower
 from ming_rt.runtime.comm import Comm
-from ming_rt.runtime.upload import to_device
+from ming_rt.runtime.transfer import send
 from ming_rt.runtime.weights import WeightSource
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Omni:
         pictures = np.split(pixels, grid_thw.prod(axis=1).cumsum()[:-1])
 
         def compute(missing: list[int]) -> list[list[torch.Tensor]]:
-            return [[vision(to_device(pictures[i], self.device), grid_thw[i : i + 1])] for i in missing]
+            return [[vision(*send([pictures[i]], self.device), grid_thw[i : i + 1])] for i in missing]
 
         found = memo([("vision", *item) for item in zip(pictures, grid_thw, strict=True)], compute)
         return torch.cat([feats for (feats,) in found])
@@ -168,6 +168,6 @@ class Omni:
         segments = prompt.audio_feats
 
         def compute(_missing: list[int]) -> list[list[torch.Tensor]]:
-            return [encoder([to_device(segment, self.device) for segment in segments])]
+            return [encoder(send(segments, self.device))]
 
         return memo([(prompt.audio_encoder or "", *segments)], compute)[0]

@@ -18,7 +18,7 @@ from ming_rt.layers.mlp import GatedMLP
 from ming_rt.layers.norm import RMSNorm
 from ming_rt.layers.tap import Tap, no_tap
 from ming_rt.runtime.device import CPU
-from ming_rt.runtime.upload import to_device
+from ming_rt.runtime.transfer import send
 from ming_rt.runtime.weights import WeightSource
 
 PREFIX = "vision."
@@ -60,12 +60,12 @@ def layout(config: VisionConfig, grid_thw: np.ndarray, device: torch.device = CP
             windows.append(len(window) * merge**2)
         first += item.size
     patch_positions = np.concatenate(positions, axis=1)
-    arrays = (
+    arrays = [
         np.concatenate([patch_positions, patch_positions[:1] * 0]).astype(np.int32),
         np.concatenate(units),
         *(np.cumsum([0, *lengths], dtype=np.int32) for lengths in (windows, slices)),
-    )
-    return Layout(*(to_device(array, device) for array in arrays))
+    ]
+    return Layout(*send(arrays, device))
 
 
 class Block:

@@ -1,25 +1,13 @@
-"""Host memory to a device without waiting: single arrays, and files larger than the host's memory."""
+"""Checkpoint files to a device at the speed of the slower of disk and bus, whatever the host's memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 import torch
 
 STAGING_BYTES = 32 << 20  # of each of the two pinned buffers
-
-
-def to_device(host: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """An array of the host on ``device``; the copy to a GPU runs behind the caller's back, in stream order.
-
-    On the CPU the result shares the array's memory.
-    """
-    tensor = torch.from_numpy(host) if isinstance(host, np.ndarray) else host
-    if device.type == "cuda":  # a copy out of pageable memory would wait for the GPU
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 class Event(Protocol):

@@ -22,7 +22,8 @@ from ming_rt.errors import CapacityError, WeightsError
 from ming_rt.runtime.checkpoint import FLOAT_DTYPES, THINKER_PREFIXES, Checkpoint, TensorInfo
 from ming_rt.runtime.device import CPU, Device
 from ming_rt.runtime.memory import available_memory
-from ming_rt.runtime.upload import Uploader, to_device
+from ming_rt.runtime.transfer import send
+from ming_rt.runtime.upload import Uploader
 
 __all__ = [
     "Checkpoint",
@@ -332,7 +333,8 @@ class RandomSource:
     def _normal(self, name: str, count: int) -> torch.Tensor:
         # numpy's generators give the same numbers on every instruction set; torch's do not promise it.
         generator = np.random.Generator(np.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
-        return to_device(generator.standard_normal(count, dtype=np.float32), self.device)
+        (values,) = send([generator.standard_normal(count, dtype=np.float32)], self.device)
+        return values
 
 
 class RecordingSource:
