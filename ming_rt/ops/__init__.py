@@ -18,6 +18,7 @@ from ming_rt.ops.attention import (
     attention_varlen,
     attention_varlen_torch,
 )
+from ming_rt.ops.decode import advance, advance_torch
 from ming_rt.ops.gemm import (
     PackedWeight,
     linear,
@@ -112,6 +113,8 @@ __all__ = [
     "ExpertWeights",
     "PackedWeight",
     "RouterWeights",
+    "advance",
+    "advance_torch",
     "attention_paged",
     "attention_paged_torch",
     "attention_varlen",

@@ -1,4 +1,4 @@
-"""sample and ngram_bans: every ISA against the composition, filters against their definition, bad rows."""
+"""sample and ngram_bans: every backend against the composition, filters against their definition, bad rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import BACKENDS
 from tolerances import assert_close
 
 from ming_rt import ops
@@ -52,7 +53,7 @@ def log_probabilities(scores, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize("vocab", [*VOCABS, 126464])
-def test_greedy_and_logprobs(isa, rng, vocab):
+def test_greedy_and_logprobs(backend, rng, vocab):
     logits = torch.randn(6, vocab, generator=rng) * 4
     n = min(vocab, 20)
     actual = ops.sample(logits, **parameters(6, n_logprobs=n))
@@ -63,7 +64,7 @@ def test_greedy_and_logprobs(isa, rng, vocab):
     assert_close(actual[1], logits.double().log_softmax(-1).max(-1).values)
 
 
-def test_ties_take_the_lowest_id(isa):
+def test_ties_take_the_lowest_id(backend):
     logits = torch.full((2, 1000), -5.0)
     logits[0, [999, 600, 601]] = 3.0
     logits[1, 0] = -0.0
@@ -87,7 +88,7 @@ def test_ties_take_the_lowest_id(isa):
         (1.0, 1, 1.0),
     ],
 )
-def test_draw_is_the_inverse_distribution(isa, rng, vocab, spread, temperature, top_k, top_p):
+def test_draw_is_the_inverse_distribution(backend, rng, vocab, spread, temperature, top_k, top_p):
     rows = 8
     logits = torch.randn(rows, vocab, generator=rng) * spread
     uniforms = torch.rand(rows, generator=rng)
@@ -105,21 +106,33 @@ def test_draw_is_the_inverse_distribution(isa, rng, vocab, spread, temperature, 
             assert kept[chosen] > -torch.inf
 
 
-def test_top_k_keeps_ties_of_the_kth(isa):
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.8, 50, 0.9), (1.0, 0, 0.95), (1.2, 2000, 1.0), (1e-3, 0, 0.5)]
+)
+def test_draws_from_a_whole_vocabulary(backend, rng, temperature, top_k, top_p):
+    logits = torch.randn(2, 157184, generator=rng, device=rng.device) * 3
+    uniforms = torch.tensor([0.3, 0.9])
+    options = parameters(2, temperature=temperature, top_k=top_k, top_p=top_p, uniforms=uniforms)
+    expected = ops.sample_torch(logits, **options)
+    for actual, wanted in zip(ops.sample(logits, **options)[:2], expected, strict=False):
+        assert_close(actual, wanted)
+
+
+def test_top_k_keeps_ties_of_the_kth(backend):
     logits = torch.tensor([[1.0, 2.0, 2.0, 3.0, 2.0, 0.0]]).repeat(200, 1)
     uniforms = torch.linspace(0, 1, 200)
     ids = ops.sample(logits, **parameters(200, temperature=1.0, top_k=2, uniforms=uniforms))[0]
     assert set(ids.tolist()) == {1, 2, 3, 4}
 
 
-def test_top_p_breaks_ties_by_id(isa):
+def test_top_p_breaks_ties_by_id(backend):
     logits = torch.zeros(200, 10)
     uniforms = torch.linspace(0, 1, 200)
     ids = ops.sample(logits, **parameters(200, temperature=1.0, top_p=0.35, uniforms=uniforms))[0]
     assert set(ids.tolist()) == {0, 1, 2, 3}
 
 
-def test_frequencies_follow_the_softmax(isa, rng):
+def test_frequencies_follow_the_softmax(isa, rng):  # too many rows for the emulation
     logits = torch.randn(1, 12, generator=rng)
     uniforms = torch.rand(20000, generator=rng)
     ids = ops.sample(logits.expand(20000, 12), **parameters(20000, temperature=1.0, uniforms=uniforms))[0]
@@ -127,7 +140,7 @@ def test_frequencies_follow_the_softmax(isa, rng):
     assert_close(share, logits[0].softmax(-1), "sample_share")
 
 
-def test_penalties_match_composition(isa, rng):
+def test_penalties_match_composition(backend, rng):
     logits = torch.randn(4, 500, generator=rng) * 3
     history = [torch.randint(0, 30, (n,), generator=rng).tolist() for n in (0, 1, 60, 400)]
     for penalty, n in itertools.product([1.0, 1.7, 0.5], [0, 1, 2, 3]):
@@ -142,7 +155,7 @@ def test_penalties_match_composition(isa, rng):
             assert_close(actual[1], expected[1])
 
 
-def test_penalty_counts_an_id_once_and_ignores_foreign_ids(isa):
+def test_penalty_counts_an_id_once_and_ignores_foreign_ids(backend):
     logits = torch.tensor([[2.0, 1.5, -1.0]])
     changes = {"history": [[0, 0, 0, 9, -4]], "repetition_penalty": 1.2}
     assert ops.sample(logits, **parameters(1, **changes))[0].item() == 0  # 2 / 1.2 > 1.5
@@ -163,20 +176,20 @@ def test_penalty_counts_an_id_once_and_ignores_foreign_ids(isa):
         ([7, 99, 7], 2, set()),
     ],
 )
-def test_ngram_bans(isa, history, n, banned):
+def test_ngram_bans(backend, history, n, banned):
     history = torch.tensor(history, dtype=torch.int64)
     for op in (ops.ngram_bans, ops.ngram_bans_torch):
         assert set(op(history, n, 10).nonzero()[:, 0].tolist()) == banned
 
 
-def test_ngram_bans_match_composition_on_repetitive_text(isa, rng):
+def test_ngram_bans_match_composition_on_repetitive_text(backend, rng):
     for _ in range(50):
         history = torch.randint(0, 3, (60,), generator=rng)
         for n in (1, 2, 4, 10):
             assert torch.equal(ops.ngram_bans(history, n, 3), ops.ngram_bans_torch(history, n, 3))
 
 
-def test_row_is_the_same_alone_and_in_a_batch(isa, rng):
+def test_row_is_the_same_alone_and_in_a_batch(backend, rng):
     logits = torch.randn(5, 3000, generator=rng) * 3
     changes = {
         "temperature": [0.0, 1.0, 0.8, 1.0, 1.5],
@@ -193,7 +206,7 @@ def test_row_is_the_same_alone_and_in_a_batch(isa, rng):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
-def test_bad_rows_have_no_choice(isa, rng, temperature, bad):
+def test_bad_rows_have_no_choice(backend, rng, temperature, bad):
     logits = torch.randn(4, 777, generator=rng)
     good = logits.clone()
     for row in (1, 3):
@@ -208,13 +221,13 @@ def test_bad_rows_have_no_choice(isa, rng, temperature, bad):
         assert torch.equal(op(logits, **options)[0], expected)
 
 
-def test_a_row_with_everything_banned_has_no_choice(isa):
+def test_a_row_with_everything_banned_has_no_choice(backend):
     options = parameters(2, history=[[0, 1], []], no_repeat_ngram_size=1)
     for op in (ops.sample, ops.sample_torch):
         assert op(torch.zeros(2, 2), **options)[0].tolist() == [-1, 0]
 
 
-def test_rows_share_and_skip_parts_of_the_history(isa, rng):
+def test_rows_share_and_skip_parts_of_the_history(backend, rng):
     logits = torch.randn(3, 40, generator=rng)
     history = torch.randint(0, 40, (30,), generator=rng)
     changes = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
@@ -226,7 +239,7 @@ def test_rows_share_and_skip_parts_of_the_history(isa, rng):
     assert torch.equal(ops.sample_torch(logits, **options)[0], expected[0])
 
 
-def test_minus_infinity_is_never_drawn(isa):
+def test_minus_infinity_is_never_drawn(backend):
     logits = torch.full((3, 600), -math.inf)
     logits[:, 300] = 1.0
     changes = {"temperature": 1.0, "uniforms": [0.0, 0.5, 1.0]}
@@ -258,6 +271,17 @@ def test_bad_history_bounds(bounds):
     bad = parameters(2, history=[[1, 2], [3]]) | {"history_bounds": torch.tensor(bounds)}
     with pytest.raises(ValueError, match="sample: history_bounds: expected begin <= end within 0 to 3"):
         ops.sample(torch.zeros(2, 10), **bad)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("emu", "cuda")], indirect=True)
+def test_bounds_on_the_device_are_guarded(backend):
+    for bounds in [[[0, 1], [2, 1]], [[0, 4], [0, 0]], [[-1, 1], [2, 3]]]:
+        bad = parameters(2, history=[[1, 2], [3]], repetition_penalty=2.0)
+        ids = ops.sample(torch.zeros(2, 10), **bad | {"history_bounds": torch.tensor(bounds)})[0]
+        assert set(ids.tolist()) <= {0, 1, 2}
+        with pytest.raises(ValueError, match="history_bounds: expected bounds inside the history"):
+            ops.check_device()
+    ops.check_device()
 
 
 def test_empty_batch():
