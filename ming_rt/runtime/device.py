@@ -105,13 +105,13 @@ def cuda_reason() -> str | None:
         return ops.cuda_missing
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is a build without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    note = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {shown(hidden)}"
     try:
-        count = importlib.import_module("ming_rt._cuda").device_count()
-    except RuntimeError as error:
-        return f"there is no CUDA driver that answers ({_line(error)})"
-    if not count:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return "no GPU is visible" + ("" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {shown(hidden)}")
+        if not importlib.import_module("ming_rt._cuda").device_count():
+            return f"no GPU is visible{note}"
+    except RuntimeError as error:  # the driver is missing, too old, or finds nothing
+        return f"no GPU can be reached ({_line(error)}){note}"
     if not torch.cuda.is_available():
         return f"this torch ({torch.__version__}) cannot use the CUDA driver, which the kernels can"
     faults = [_too_old(index) for index in range(torch.cuda.device_count())]

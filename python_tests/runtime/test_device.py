@@ -78,7 +78,10 @@ def test_the_cpu_is_always_there(machine):
 @pytest.mark.parametrize(
     ("pretended", "reason"),
     [
-        ({"driver": "CUDA driver version is insufficient\nmore"}, r"no CUDA driver .* insufficient\)$"),
+        (
+            {"driver": "CUDA driver version is insufficient\nmore"},
+            r"^no GPU can be reached \(.* insufficient\)$",
+        ),
         ({"torch_cuda": None}, r"this torch \(.*\) is a build without CUDA$"),
         ({}, "^no GPU is visible$"),
     ],
@@ -98,6 +101,10 @@ def test_hidden_gpus_are_named(machine, monkeypatch):
     machine()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert cuda_reason() == "no GPU is visible; CUDA_VISIBLE_DEVICES is ''"
+    machine(driver="no CUDA-capable device is detected")
+    assert cuda_reason() == (
+        "no GPU can be reached (no CUDA-capable device is detected); CUDA_VISIBLE_DEVICES is ''"
+    )
 
 
 def test_kernels_that_are_missing_come_first(machine, monkeypatch):
