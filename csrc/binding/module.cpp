@@ -1,8 +1,6 @@
 // The extension modules ming_rt._cpu, ming_rt._cuda and ming_rt._emu: registration only.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-
 #if MING_BACKEND_CUDA
 #include "common/device.h"
 #include "common/device_status.h"
@@ -27,12 +25,8 @@ void register_spectral(py::module_& m);
 #if MING_BACKEND_CUDA
 // What a kernel found wrong since the last call, None or (sentence, value), and forgets it.
 py::object take_fault() {
-  DeviceStatus* status = nullptr;
-  try {
-    status = device_status();
-  } catch (const std::runtime_error&) {  // no driver: no kernel has run
-    return py::none();
-  }
+  DeviceStatus* status = known_device_status();
+  if (!status) return py::none();
   const volatile int32_t* word = &status->fault;
   if (*word == 0) return py::none();
   const auto found = py::make_tuple(fault_text(Fault(*word)), status->value);

@@ -31,9 +31,9 @@ def advance(
             share a part if they append the same id at the same place.
 
     Raises:
-        ValueError: wrong dtypes or shapes; on the CPU, before anything is written, a position outside the page
-            table or an end outside the history (elsewhere ``check_device`` raises it, and such a row gets the
-            slot -1 or keeps its history).
+        ValueError: wrong dtypes or shapes; a position outside the page table or an end outside the history.
+            The last two are found on the CPU before anything is written; a device leaves such a row with the
+            slot -1 or its old history, and ``check_device`` raises them.
     """
     kernels(ids).advance(ids, positions, kv_lens, slots, page_table, history, history_bounds, page_size)
 

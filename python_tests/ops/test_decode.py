@@ -93,19 +93,24 @@ def test_what_leaves_the_tables_is_refused(backend, rng, name, value, message):
     args = state(rng, 2)
     args[name].view(-1)[-1] = value
     before = copied(args)
-    with pytest.raises(ValueError, match=message):
-        ops.advance(**args)
-        ops.check_device()
     if backend not in ("emu", "cuda"):
+        with pytest.raises(ValueError, match=message):
+            ops.advance(**args)
         assert all(torch.equal(args[k], v) for k, v in before.items() if torch.is_tensor(v))
-    assert torch.equal(args["history"][PART:], before["history"][PART:]) or name == "kv_lens"
-    assert args["slots"][1] == -1 or name == "history_bounds" or backend not in ("emu", "cuda")
+        return
+    ops.advance(**args)
+    with pytest.raises(ValueError, match=message):
+        ops.check_device()
+    if name == "kv_lens":
+        assert args["slots"][1] == -1
+    else:
+        assert torch.equal(args["history"][PART:], before["history"][PART:])
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ids", torch.zeros(2, dtype=torch.int32), "ids: expected i64, got i32"),
+        ("ids", torch.zeros(2, dtype=torch.int32), "ids: expected int64, got int32"),
         ("positions", torch.zeros(2, 2, dtype=torch.int32), r"positions: .*\[3, B\]"),
         ("history_bounds", torch.zeros(2, 3, dtype=torch.int64), r"history_bounds: .*\[B, 2\]"),
         ("page_size", 0, "page_size: expected at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""sample and ngram_bans: every backend against the composition, filters against their definition, bad rows."""
+"""sample and ngram_bans: all backends against the composition, filters against their definition, bad rows."""
 
 from __future__ import annotations
 
