@@ -83,27 +83,46 @@ void moe_permute(py::object topk_ids_, py::object rows_, py::object offsets_) {
   cpu::moe_permute(p);
 }
 
-void grouped_gemm(const char* op, bool gated, py::object x_, py::object w_, py::object rows_,
-                  py::object offsets_, int top_k, py::object y_) {
+void grouped_gemm(const char* op, bool gated, py::object x_, py::object w_, py::object scales_, int format,
+                  py::object rows_, py::object offsets_, int top_k, py::object y_, py::object workspace_) {
   Call call(op);
   TensorView x = call.tensor("x", x_, {DType::f32, DType::bf16}, {gated ? "tokens" : "slots", "K"});
   TensorView rows = call.dense("rows", rows_, {DType::i32}, {"slots"});
   TensorView offsets = call.dense("offsets", offsets_, {DType::i32}, {"E + 1"});
   TensorView y = call.tensor("y", y_, {x.dtype}, {"slots", "N"});
-  TensorView w = packed_weight(call, "experts", w_, {x.dtype}, "E", y.shape[1], x.shape[1], gated);
-  const int64_t slots = rows.shape[0], experts = w.shape[0];
+  TensorView workspace = call.optional("workspace", workspace_, {DType::u8}, {"bytes"});
+  PackedView w =
+      packed_weight(call, "experts", w_, scales_, format, {x.dtype}, "E", y.shape[1], x.shape[1], gated);
+  const int64_t slots = rows.shape[0], experts = w.data.shape[0];
   call.expect(offsets.shape[0] == experts + 1, "offsets: expected one more than experts");
+  call.expect(experts <= kMaxExperts && slots < INT32_MAX, "expected at most 65536 experts, 2^31 rows");
   call.expect(!gated || (top_k >= 1 && x.shape[0] * top_k == slots), "rows: expected tokens * top_k of them");
-  in_range(call, "rows", rows.ptr<int32_t>(), slots, slots);
-  const int32_t* offset = offsets.ptr<int32_t>();
-  bool ascending = offset[0] == 0 && offset[experts] == slots;
-  for (int64_t e = 0; e < experts; ++e) ascending &= offset[e] <= offset[e + 1];
-  call.expect(ascending, "offsets: expected ascending values from 0 to the number of rows");
-  GroupedGemmParams p{x.data,     w.data,     rows.ptr<int32_t>(), offset,      y.data,           slots,
-                      y.shape[1], x.shape[1], x.stride[0],         y.stride[0], int32_t(experts), top_k,
-                      x.dtype};
-  py::gil_scoped_release release;
-  gated ? cpu::grouped_gemm_swiglu(p) : cpu::grouped_gemm_down(p);
+  if (kReadsValues) {
+    in_range(call, "rows", rows.ptr<int32_t>(), slots, slots);
+    const int32_t* offset = offsets.ptr<int32_t>();
+    bool ascending = offset[0] == 0 && offset[experts] == slots;
+    for (int64_t e = 0; e < experts; ++e) ascending &= offset[e] <= offset[e + 1];
+    call.expect(ascending, "offsets: expected ascending values from 0 to the number of rows");
+  }
+  GroupedGemmParams p{};
+  p.x = x.data;
+  p.w = w.data.data;
+  p.rows = rows.ptr<int32_t>();
+  p.offsets = offsets.ptr<int32_t>();
+  p.y = y.data;
+  p.slots = slots;
+  p.n = y.shape[1];
+  p.k = x.shape[1];
+  p.x_stride = x.stride[0];
+  p.y_stride = y.stride[0];
+  p.experts = int32_t(experts);
+  p.top_k = top_k;
+  p.dtype = x.dtype;
+  p.scales = w.scales.data;
+  p.format = w.format;
+  p.workspace = workspace.data;
+  p.workspace_bytes = workspace ? workspace.shape[0] : 0;
+  gated ? call.run(MING_KERNEL(grouped_gemm_swiglu), p) : call.run(MING_KERNEL(grouped_gemm_down), p);
 }
 
 void moe_combine(py::object expert_out_, py::object topk_weights_, py::object shared_, py::object y_) {
@@ -125,14 +144,14 @@ void moe_combine(py::object expert_out_, py::object topk_weights_, py::object sh
 void register_moe(py::module_& m) {
   m.def("moe_route", &moe_route);
   m.def("moe_permute", &moe_permute);
-  m.def("grouped_gemm_swiglu",
-        [](py::object x, py::object w, py::object rows, py::object offsets, int top_k, py::object y) {
-          grouped_gemm("grouped_gemm_swiglu", true, x, w, rows, offsets, top_k, y);
-        });
-  m.def("grouped_gemm_down",
-        [](py::object x, py::object w, py::object rows, py::object offsets, py::object y) {
-          grouped_gemm("grouped_gemm_down", false, x, w, rows, offsets, 1, y);
-        });
+  m.def("grouped_gemm_swiglu", [](py::object x, py::object w, py::object scales, int format, py::object rows,
+                                  py::object offsets, int top_k, py::object y, py::object workspace) {
+    grouped_gemm("grouped_gemm_swiglu", true, x, w, scales, format, rows, offsets, top_k, y, workspace);
+  });
+  m.def("grouped_gemm_down", [](py::object x, py::object w, py::object scales, int format, py::object rows,
+                                py::object offsets, py::object y, py::object workspace) {
+    grouped_gemm("grouped_gemm_down", false, x, w, scales, format, rows, offsets, 1, y, workspace);
+  });
   m.def("moe_combine", &moe_combine);
 }
 

@@ -2,12 +2,22 @@
 #pragma once
 
 #include "binding/check.h"
+#include "ops/gemm/gemm.h"
 
 namespace ming::binding {
 
-// A packed weight of n outputs and k inputs as gemm.h defines it: [packed elements], or where `count` names a
-// dimension [count, packed elements], one weight per row.
+// A packed weight of n outputs and k inputs as gemm.h defines it for this module's devices: [packed
+// elements], or where `count` names a dimension [count, packed elements], one weight per row.
 TensorView packed_weight(Call& call, const char* name, py::handle object, std::initializer_list<DType> dtypes,
                          const char* count, int64_t n, int64_t k, bool gated);
+
+// The same of any format: quantised data are bytes, and `scales` a bfloat16 tensor of the same count.
+struct PackedView {
+  TensorView data, scales;  // scales: empty where the format is plain
+  WeightFormat format;
+};
+PackedView packed_weight(Call& call, const char* name, py::handle object, py::handle scales, int format,
+                         std::initializer_list<DType> dtypes, const char* count, int64_t n, int64_t k,
+                         bool gated);
 
 }  // namespace ming::binding

@@ -19,17 +19,7 @@ from ming_rt.ops.attention import (
     attention_varlen_torch,
 )
 from ming_rt.ops.decode import advance, advance_torch
-from ming_rt.ops.gemm import (
-    PackedWeight,
-    linear,
-    linear_swiglu,
-    linear_swiglu_torch,
-    linear_torch,
-    pack_gate_up,
-    pack_gate_up_torch,
-    pack_weight,
-    pack_weight_torch,
-)
+from ming_rt.ops.gemm import linear, linear_swiglu, linear_swiglu_torch, linear_torch
 from ming_rt.ops.image import (
     patchify,
     patchify_torch,
@@ -54,6 +44,14 @@ from ming_rt.ops.moe import (
     pack_experts,
 )
 from ming_rt.ops.norm import layer_norm, layer_norm_torch, rms_norm, rms_norm_torch
+from ming_rt.ops.packed import (
+    PackedWeight,
+    pack_gate_up,
+    pack_gate_up_torch,
+    pack_weight,
+    pack_weight_torch,
+    quantise_torch,
+)
 from ming_rt.ops.rope import (
     axis_table,
     inv_freq,
@@ -160,6 +158,7 @@ __all__ = [
     "pack_weight_torch",
     "patchify",
     "patchify_torch",
+    "quantise_torch",
     "resample",
     "resample_torch",
     "resize_frames",

@@ -1,84 +1,14 @@
-"""Linear layers with packed weights (contract and packed layout: csrc/ops/gemm/gemm.h)."""
+"""Linear layers with packed weights (contract: csrc/ops/gemm/gemm.h)."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ming_rt.ops._native import cpu
+from ming_rt.ops._native import kernels
+from ming_rt.ops.packed import FORMATS, PackedWeight, check_layout
 
-PANEL = 64  # output columns of one packed panel; a gated panel holds 32 of gate and the same 32 of up
 ACTIVATIONS = {None: 0, "gelu": 1, "silu": 2, "relu": 3}
-
-
-def panel_elements(n: int, k: int, dtype: torch.dtype, gated: bool) -> int:
-    """Elements of a packed [n, k] weight (gated: of two of them), padding included."""
-    outputs = PANEL // 2 if gated else PANEL
-    return -(-n // outputs) * PANEL * (-(-k // 2) * 2 if dtype == torch.bfloat16 else k)
-
-
-def unpack_panels(data: Tensor, n: int, k: int, gated: bool) -> Tensor:
-    """The plain [n, k] weight, or [2n, k] (gate rows, then up rows), of one packed weight."""
-    pair = 2 if data.dtype == torch.bfloat16 else 1
-    panels = (
-        data.view(-1, -(-k // pair), PANEL, pair).permute(0, 2, 1, 3).reshape(-1, PANEL, -(-k // pair) * pair)
-    )
-    if not gated:
-        return panels.reshape(-1, panels.shape[-1])[:n, :k].contiguous()
-    halves = panels.view(-1, 2, PANEL // 2, panels.shape[-1]).transpose(0, 1)
-    return halves.reshape(2, -1, panels.shape[-1])[:, :n, :k].reshape(2 * n, k)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """A weight [n, k] in the kernels' panel layout; gated: gate [n, k] and up [n, k] side by side.
-
-    ``data`` is the packed memory, one-dimensional, of ``dtype``; it may be a meta tensor (sizes only).
-    """
-
-    data: Tensor
-    n: int
-    k: int
-    dtype: torch.dtype
-    gated: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed memory, padding included."""
-        return self.data.numel() * self.data.element_size()
-
-    def unpack(self) -> Tensor:
-        """The plain weight: [n, k], or [2n, k] (gate rows, then up rows) of a gated one."""
-        return unpack_panels(self.data, self.n, self.k, self.gated)
-
-
-def _empty_packed(like: Tensor, dtype: torch.dtype, gated: bool) -> PackedWeight:
-    n, k = like.shape
-    data = torch.empty(panel_elements(n, k, dtype, gated), dtype=dtype, device=like.device)
-    return PackedWeight(data, n, k, dtype, gated)
-
-
-def pack_weight(w: Tensor, dtype: torch.dtype) -> PackedWeight:
-    """Pack a weight, converting on the way.
-
-    Args:
-        w: [N, K] float32, float16 or bfloat16, rows may be strided; a meta tensor gives a packed meta weight.
-        dtype: float32 or bfloat16.
-    """
-    packed = _empty_packed(w, dtype, False)
-    if not w.is_meta:
-        cpu.pack_weight(w, None, packed.data)
-    return packed
-
-
-def pack_gate_up(gate: Tensor, up: Tensor, dtype: torch.dtype) -> PackedWeight:
-    """Pack gate [I, K] and up [I, K] (as ``pack_weight``) into one gated weight with I outputs."""
-    packed = _empty_packed(gate, dtype, True)
-    if not gate.is_meta:
-        cpu.pack_weight(gate, up, packed.data)
-    return packed
 
 
 def linear(
@@ -92,7 +22,8 @@ def linear(
 ) -> Tensor:
     """``act(x W^T + bias) + residual``; sums and activation in fp32.
 
-    A row's result does not depend on the other rows or on the number of threads, bit for bit.
+    A row's result does not depend on the other rows or on the number of threads, bit for bit; on CUDA that
+    holds as long as the number of rows stays on one side of the limits in csrc/ops/gemm/heuristics.h.
 
     Args:
         x: [M, K], dtype of the weight, rows may be strided (and may overlap).
@@ -104,9 +35,8 @@ def linear(
     Returns:
         [M, N].
     """
-    y = torch.empty((x.shape[0], w.n), dtype=out_dtype or x.dtype)
-    cpu.linear(x, w.data, w.n, False, bias, _activation(act), residual, y)
-    return y
+    y = torch.empty((x.shape[0], w.n), dtype=out_dtype or x.dtype, device=x.device)
+    return _linear(x, w, False, bias, _activation(act), residual, y)
 
 
 def linear_swiglu(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -114,8 +44,21 @@ def linear_swiglu(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Ten
 
     x: [M, K]; w: gated, [I, K] twice; bias: [2I], gate then up. Returns [M, I].
     """
-    y = torch.empty((x.shape[0], w.n), dtype=x.dtype)
-    cpu.linear(x, w.data, w.n, True, bias, 0, None, y)
+    y = torch.empty((x.shape[0], w.n), dtype=x.dtype, device=x.device)
+    return _linear(x, w, True, bias, 0, None, y)
+
+
+def _linear(
+    x: Tensor,
+    w: PackedWeight,
+    gated: bool,
+    bias: Tensor | None,
+    act: int,
+    residual: Tensor | None,
+    y: Tensor,
+) -> Tensor:
+    check_layout("linear", x, w.layout)
+    kernels(x).linear(x, w.data, w.scales, FORMATS[w.quant], w.n, gated, bias, act, residual, y)
     return y
 
 
@@ -123,22 +66,6 @@ def _activation(act: str | None) -> int:
     if act not in ACTIVATIONS:
         raise ValueError(f"linear: expected act None, 'gelu', 'silu' or 'relu', got {act!r}")
     return ACTIVATIONS[act]
-
-
-def pack_weight_torch(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """The packed memory of ``pack_weight`` as a plain torch composition."""
-    n, k = w.shape
-    pair = 2 if dtype == torch.bfloat16 else 1
-    padded = torch.nn.functional.pad(w.to(dtype), (0, -k % pair, 0, -n % PANEL))
-    return padded.view(-1, PANEL, padded.shape[1] // pair, pair).transpose(1, 2).flatten()
-
-
-def pack_gate_up_torch(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
-    """The packed memory of ``pack_gate_up`` as a plain torch composition."""
-    half = PANEL // 2
-    padded = torch.nn.functional.pad(torch.stack([gate, up]), (0, 0, 0, -gate.shape[0] % half))
-    rows = padded.view(2, -1, half, gate.shape[1]).transpose(0, 1).reshape(-1, gate.shape[1])
-    return pack_weight_torch(rows, dtype)
 
 
 def _plain(w: PackedWeight | Tensor) -> Tensor:

@@ -11,8 +11,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ming_rt.ops._native import cpu
-from ming_rt.ops.gemm import linear_swiglu_torch, pack_weight, panel_elements, unpack_panels
+from ming_rt.ops._native import cpu, kernels
+from ming_rt.ops.gemm import linear_swiglu_torch
+from ming_rt.ops.packed import (
+    FORMATS,
+    Layout,
+    PackedWeight,
+    Quant,
+    check_layout,
+    check_quant,
+    layout_of,
+    pack_weight,
+    packed_memory,
+)
 
 RouterKind = Literal["softmax", "grouped_sigmoid"]
 
@@ -27,6 +38,7 @@ class RouterWeights:
 
     def __init__(self, weights: Tensor, bias: Tensor | None = None) -> None:
         self.count, self.experts, self.hidden = weights.shape
+        self.layout = layout_of(weights)
         self.data = torch.stack([pack_weight(w, torch.float32).data for w in weights])
         self.bias = None if bias is None else bias.float().contiguous()
 
@@ -37,40 +49,54 @@ class RouterWeights:
 
     def unpack(self) -> Tensor:
         """The plain weights, float32 [R, E, H]."""
-        return torch.stack([unpack_panels(w, self.experts, self.hidden, False) for w in self.data])
+        shape = (self.experts, self.hidden, torch.float32, False, self.layout)
+        return torch.stack([PackedWeight(data, *shape).unpack() for data in self.data])
 
 
 class ExpertWeights:
     """All experts of one layer in packed form: ``gate_up`` and ``down``, each [E, packed elements].
 
-    Filled expert by expert with ``set``, straight into the final memory.
+    Filled expert by expert with ``set``, straight into the final memory. Quantised experts have bfloat16
+    ``gate_up_scales`` and ``down_scales`` [E, scales] beside it, else None.
     """
 
     gate_up: Tensor
     down: Tensor
+    gate_up_scales: Tensor | None
+    down_scales: Tensor | None
 
-    def __init__(self, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        width: int,
+        dtype: torch.dtype,
+        *,
+        quant: Quant | None = None,
+        layout: Layout | None = None,
+    ) -> None:
         self.num_experts, self.hidden, self.width, self.dtype = num_experts, hidden, width, dtype
-        self._allocate("meta")
+        self.quant: Quant | None = quant
+        self._allocate("meta", layout or ("rows" if quant else "panels"))
 
-    def _allocate(self, device: str) -> None:
-        sizes = (
-            panel_elements(self.width, self.hidden, self.dtype, True),
-            panel_elements(self.hidden, self.width, self.dtype, False),
-        )
-        self.gate_up, self.down = (
-            torch.empty((self.num_experts, size), dtype=self.dtype, device=device) for size in sizes
+    def _allocate(self, device: torch.device | str, layout: Layout) -> None:
+        check_quant(self.quant, layout)
+        self.layout: Layout = layout
+        (self.gate_up, self.gate_up_scales), (self.down, self.down_scales) = (
+            packed_memory(n, k, self.dtype, gated, layout, self.quant, device, (self.num_experts,))
+            for n, k, gated in ((self.width, self.hidden, True), (self.hidden, self.width, False))
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed memory, padding included."""
-        return (self.gate_up.numel() + self.down.numel()) * self.dtype.itemsize
+        """Bytes of the packed memory, padding and scales included."""
+        parts = (self.gate_up, self.down, self.gate_up_scales, self.down_scales)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def set(self, index: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Pack one expert: gate, up [width, hidden] and down [hidden, width], float32, float16 or bfloat16.
 
-        Memory is allocated at the first expert that is not a meta tensor.
+        Memory is allocated at the first expert that is not a meta tensor, on its device.
         """
         if not 0 <= index < self.num_experts:
             raise IndexError(f"expert {index}: expected 0..{self.num_experts - 1}")
@@ -81,21 +107,47 @@ class ExpertWeights:
         if gate.is_meta:
             return
         if self.gate_up.is_meta:
-            self._allocate("cpu")
-        cpu.pack_weight(gate, up, self.gate_up[index])
-        cpu.pack_weight(down, None, self.down[index])
+            self._allocate(gate.device, layout_of(gate))
+        gate_up, down_ = self._expert(index)
+        for packed, first, second in ((gate_up, gate, up), (down_, down, None)):
+            kernels(first).pack_weight(first, second, packed.data, packed.scales, FORMATS[self.quant])
 
-    def unpack(self, index: int) -> tuple[Tensor, Tensor]:
-        """Plain weights of one expert: gate and up [2 * width, hidden], down [hidden, width]."""
+    def _expert(self, index: int) -> tuple[PackedWeight, PackedWeight]:
+        gate_up_scales, down_scales = (
+            None if scales is None else scales[index] for scales in (self.gate_up_scales, self.down_scales)
+        )
+        common = (self.layout, self.quant)
         return (
-            unpack_panels(self.gate_up[index], self.width, self.hidden, True),
-            unpack_panels(self.down[index], self.hidden, self.width, False),
+            PackedWeight(
+                self.gate_up[index], self.width, self.hidden, self.dtype, True, *common, gate_up_scales
+            ),
+            PackedWeight(self.down[index], self.hidden, self.width, self.dtype, False, *common, down_scales),
         )
 
+    def unpack(self, index: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Plain weights of one expert: gate and up [2 * width, hidden], down [hidden, width].
 
-def pack_experts(num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> ExpertWeights:
-    """Empty ``ExpertWeights``, to be filled with ``set``. dtype: float32 or bfloat16."""
-    return ExpertWeights(num_experts, hidden, width, dtype)
+        ``dtype`` as in ``PackedWeight.unpack``.
+        """
+        gate_up, down = self._expert(index)
+        return gate_up.unpack(dtype), down.unpack(dtype)
+
+
+def pack_experts(
+    num_experts: int,
+    hidden: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    quant: Quant | None = None,
+    layout: Layout | None = None,
+) -> ExpertWeights:
+    """Empty ``ExpertWeights``, to be filled with ``set``.
+
+    dtype: float32 or bfloat16; quant: None, "int8" or "int4" (CUDA devices), see ``pack_weight``; layout:
+    that of the device meant, as long as there are only meta tensors.
+    """
+    return ExpertWeights(num_experts, hidden, width, dtype, quant=quant, layout=layout)
 
 
 def moe_route(
@@ -173,8 +225,10 @@ def grouped_gemm_swiglu(
     x: [N, H], dtype of the experts; rows, offsets: from ``moe_permute``.
     Returns [N * top_k, width] in the order of ``rows``.
     """
-    y = torch.empty((rows.shape[0], experts.width), dtype=x.dtype)
-    cpu.grouped_gemm_swiglu(x, experts.gate_up, rows, offsets, top_k, y)
+    check_layout("grouped_gemm_swiglu", x, experts.layout)
+    y = torch.empty((rows.shape[0], experts.width), dtype=x.dtype, device=x.device)
+    weight = (experts.gate_up, experts.gate_up_scales, FORMATS[experts.quant])
+    kernels(x).grouped_gemm_swiglu(x, *weight, rows, offsets, top_k, y, None)
     return y
 
 
@@ -183,8 +237,10 @@ def grouped_gemm_down(h: Tensor, rows: Tensor, offsets: Tensor, experts: ExpertW
 
     h: [N * top_k, width] in the order of ``rows``. Returns [N * top_k, hidden] in slot order.
     """
-    y = torch.empty((rows.shape[0], experts.hidden), dtype=h.dtype)
-    cpu.grouped_gemm_down(h, experts.down, rows, offsets, y)
+    check_layout("grouped_gemm_down", h, experts.layout)
+    y = torch.empty((rows.shape[0], experts.hidden), dtype=h.dtype, device=h.device)
+    weight = (experts.down, experts.down_scales, FORMATS[experts.quant])
+    kernels(h).grouped_gemm_down(h, *weight, rows, offsets, y, None)
     return y
 
 
