@@ -123,6 +123,29 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
+// 2^x within 2^-22 of its value, exactly 1 at 0; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+#if defined(MING_EMU)
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// The sums of two pairs of bfloat16, each rounded.
+__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+#if defined(MING_EMU)
+  const auto high = [](uint32_t x) { return __uint_as_float(x & 0xffff0000u); };
+  return pack_bf16(high(a << 16) + high(b << 16), high(a) + high(b));
+#else
+  uint32_t sum;  // a * 1 + b: plain addition needs compute capability 9.0
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return sum;
+#endif
+}
+
 // `Count` values of T moved as one access; the address is a multiple of its size (at most 16 bytes).
 template <typename T, int Count>
 struct alignas(sizeof(T) * Count) Vec {
@@ -136,6 +159,24 @@ template <int Count, typename T>
 __device__ __forceinline__ void store(T* to, const Vec<T, Count>& values) {
   *reinterpret_cast<Vec<T, Count>*>(to) = values;
 }
+// 16 or 8 bytes that are read once: they pass the first cache by, and may be read ahead of stores.
+template <typename V>
+__device__ __forceinline__ V load_once(const void* from) {
+  static_assert(sizeof(V) == 8 || sizeof(V) == 16);
+  V v;
+#if defined(MING_EMU)
+  std::memcpy(&v, from, sizeof(V));
+#else
+  if constexpr (sizeof(V) == 16)
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(from));
+  else
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+#endif
+  return v;
+}
+
 // Values of T in a 16-byte access.
 template <typename T>
 constexpr int kWide = 16 / int(sizeof(T));
