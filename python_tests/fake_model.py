@@ -20,6 +20,7 @@ from ming_rt.inputs.processor import Prompt
 from ming_rt.models.fusion import MediaEmbeds
 from ming_rt.models.omni import Plan
 from ming_rt.models.thinker import ThinkerOutput
+from ming_rt.runtime.device import Device
 from ming_rt.runtime.engine import Engine, EngineOptions
 
 VOCAB, HIDDEN, LAYERS, HEADS, DIM = 97, 6, 2, 2, 6
@@ -121,10 +122,12 @@ class FakeThinker:
             torch.zeros(len(batch.input_ids), dtype=torch.uint8) if batch.modality is None else batch.modality
         )
         new = entries(batch.input_ids, batch.positions, modality, batch.media_rows, batch.media_feats)
-        page, offset = batch.slots // kv.page_size, batch.slots % kv.page_size
+        real = batch.slots >= 0  # not padding rows
+        slots, stored = batch.slots[real], new[real]
+        page, offset = slots // kv.page_size, slots % kv.page_size
         for layer in range(LAYERS):
-            kv.k[layer][page, :, offset] = (new * 2**layer)[:, None].expand(-1, HEADS, -1)
-            kv.v[layer][page, :, offset] = (new * -(2**layer))[:, None].expand(-1, HEADS, -1)
+            kv.k[layer][page, :, offset] = (stored * 2**layer)[:, None].expand(-1, HEADS, -1)
+            kv.v[layer][page, :, offset] = (stored * -(2**layer))[:, None].expand(-1, HEADS, -1)
         cached = [self._cached(batch, kv, b) for b in range(len(batch.kv_lens))]
         begins = batch.cu_seqlens_q.tolist()
         place = {}
@@ -179,10 +182,13 @@ class FakeModel:
         return MediaEmbeds(features(prompt).rows, feats)
 
 
-def make_engine(model: FakeModel | None = None, **options) -> Engine:
-    """An engine over the fake model whose cache memory starts as NaN."""
+def make_engine(model: FakeModel | None = None, *, device: Device = Device(), **options) -> Engine:  # noqa: B008
+    """An engine over the fake model whose cache memory starts as NaN.
+
+    On ``device`` "emu", without the ops emulated, it takes the path of GPUs with the kernels of the CPU.
+    """
     sizes = {"num_pages": 64, "page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **options}
-    engine = Engine(model or FakeModel(), TOKENIZER, (EOS,), torch.float32, EngineOptions(**sizes))
+    engine = Engine(model or FakeModel(), TOKENIZER, (EOS,), torch.float32, EngineOptions(**sizes), device)
     kv = engine._worker.kv
     for pages in (*kv.k, *kv.v):
         pages.fill_(float("nan"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ming_rt.errors import InvalidRequestError, shown
+from ming_rt.runtime.device import Device
 from ming_rt.runtime.handle import Handle, Outbox
 from ming_rt.runtime.options import EngineOptions, EngineStats
 from ming_rt.runtime.request import Request, SamplingParams
@@ -34,6 +35,7 @@ class Engine:
         tokenizer: ``stream()`` gives an incremental detokeniser.
         stop_ids: tokens that end an answer.
         dtype: element type of the cached keys and values (the model's compute dtype).
+        device: where the model is.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class Engine:
         stop_ids: Collection[int],
         dtype: torch.dtype = torch.float32,
         options: EngineOptions | None = None,
+        device: Device | None = None,
     ) -> None:
-        self._worker = Worker(model, tokenizer, frozenset(stop_ids), dtype, options or EngineOptions())
+        self._worker = Worker(
+            model, tokenizer, frozenset(stop_ids), dtype, options or EngineOptions(), device or Device()
+        )
         self._ids = itertools.count()
         # Runs when the engine is dropped without close, and at interpreter exit.
         self._finalizer = weakref.finalize(self, Worker.stop, self._worker)

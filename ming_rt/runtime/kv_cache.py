@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from ming_rt.errors import CapacityError, EngineError
+from ming_rt.runtime.transfer import CPU
 
 
 class KVCache:
     """Keys and values of all layers: ``k[l]`` and ``v[l]`` are ``[pages, kv_heads, page_size, head_dim]``.
 
-    Memory is reserved, not touched: the operating system commits a page when it is first written.
+    On the CPU memory is reserved, not touched: the operating system commits a page when it is first written.
     Raises ``CapacityError`` where it cannot even be reserved.
     """
 
@@ -32,12 +33,16 @@ class KVCache:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         shape = (pages, num_kv_heads, page_size, head_dim)
         self.page_size = page_size
+        # A recorded decode step runs once before there is a token: what it reads should be numbers.
+        make = torch.empty if device.type == "cpu" else torch.zeros
         try:
-            self.k = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
-            self.v = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
+            self.k, self.v = (
+                [make(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
+            )
         except RuntimeError as error:
             size = pages * page_size * self.bytes_per_token(layers, num_kv_heads, head_dim, dtype)
             raise CapacityError(f"the KV cache of {size} bytes does not fit into the memory") from error

@@ -63,7 +63,7 @@ def draw(logits: torch.Tensor, requests: Sequence[Request]) -> Callable[[], list
     )
     wants = any(p.logprobs is not None for p in params)
     fetched = transfer.fetch(chosen if wants else chosen[:1])
-    return lambda: _samples(params, *fetched())
+    return lambda: samples(params, *fetched())
 
 
 def row_settings(requests: Sequence[Request]) -> dict[str, np.ndarray]:
@@ -84,22 +84,22 @@ def uniforms(requests: Sequence[Request]) -> np.ndarray:
     return np.array([r.uniform() if r.params.temperature else 0.0 for r in requests], np.float32)
 
 
-def _samples(
+def samples(
     params: Sequence[SamplingParams], ids: torch.Tensor, *scores: torch.Tensor
 ) -> list[Sample | EngineError]:
-    """What the op chose; ``scores``: its other results, given where a row wants log-probabilities."""
-    samples: list[Sample | EngineError] = []
+    """What ``ops.sample`` chose; ``scores``: its other results, given if a row wants log-probabilities."""
+    chosen: list[Sample | EngineError] = []
     for row, (token, p) in enumerate(zip(ids.tolist(), params, strict=True)):
         if token < 0:
             why = "the logits hold NaN or infinity, or leave no token that may be chosen"
-            samples.append(EngineError(f"choosing the next token failed: {why}"))
+            chosen.append(EngineError(f"choosing the next token failed: {why}"))
         elif p.logprobs is None:
-            samples.append(Sample(token))
+            chosen.append(Sample(token))
         else:
             logprob, best, best_logprobs = (t[row].tolist() for t in scores)
             top = zip(best[: p.logprobs], best_logprobs[: p.logprobs], strict=True)
-            samples.append(Sample(token, TokenLogprob(token, logprob, tuple(top))))
-    return samples
+            chosen.append(Sample(token, TokenLogprob(token, logprob, tuple(top))))
+    return chosen
 
 
 class StopFilter:

@@ -81,6 +81,25 @@ class Scheduler:
             self._admit(chunks, budget)
         return chunks
 
+    def ahead(self, chunks: list[Chunk]) -> list[Chunk] | None:
+        """The step after ``chunks``, which decode, before their tokens are known; None = it depends on them.
+
+        That is one more token of every running request, unless one is at its limit, one that waits might join
+        or somebody would be preempted for pages. A request may still end with the token it gets now; what is
+        computed for it then is in vain.
+        """
+        may_join = self.waiting and len(self.running) < self.max_num_seqs
+        if may_join or [c.request for c in chunks] != self.running:
+            return None
+        if any(c.stop + 1 >= c.request.limit for c in chunks):
+            return None
+        missing = [self.pool.pages_for(c.stop + 1) - len(c.request.pages) for c in chunks]
+        if sum(missing) > self.pool.available:
+            return None
+        for chunk, count in zip(chunks, missing, strict=True):
+            chunk.request.pages += self.pool.allocate(count)
+        return [Chunk(c.request, c.stop, c.stop + 1) for c in chunks]
+
     def commit(self, chunks: list[Chunk]) -> None:
         """Record that the chunks were computed and make the pages they filled reusable."""
         size = self.pool.page_size

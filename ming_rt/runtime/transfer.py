@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+CPU = torch.device("cpu")
 ALIGNMENT = 16  # bytes, of every array in a shared buffer
 
 

@@ -6,12 +6,15 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ming_rt import ops
 from ming_rt.errors import (
     CapacityError,
     EngineClosedError,
@@ -21,12 +24,14 @@ from ming_rt.errors import (
 )
 from ming_rt.pipelines.events import Done, FinishReason, Hidden, Timings, Usage
 from ming_rt.runtime.batch import pack_batch
+from ming_rt.runtime.device import Device
+from ming_rt.runtime.graphs import CudaCapture, DecodeGraphs, run_directly
 from ming_rt.runtime.handle import Outbox
 from ming_rt.runtime.kv_cache import KVCache, PagePool
 from ming_rt.runtime.media_cache import MediaCache
 from ming_rt.runtime.options import EngineOptions, EngineStats
 from ming_rt.runtime.request import Request, SamplingParams
-from ming_rt.runtime.sampler import Answer, Sample, sample
+from ming_rt.runtime.sampler import Answer, Sample, draw
 from ming_rt.runtime.scheduler import Chunk, Scheduler
 
 if TYPE_CHECKING:
@@ -41,14 +46,43 @@ class _Live:
     outbox: Outbox
 
 
+@dataclass
+class _Flight:
+    """A step that was launched and whose tokens the host has not read yet.
+
+    Its requests may end meanwhile, of themselves or cancelled; what it computes for them is dropped. Their
+    pages are free at once: whoever gets them writes them in a later step, and steps run one after the other.
+    """
+
+    chunks: list[Chunk]
+    sampling: list[Request]
+    in_graph: bool
+    read: Callable[[], list[Sample | EngineError]] = list
+    """Waits for the step and gives the tokens of ``sampling``."""
+    output: Any = None
+    """Of the model, where hidden states are wanted."""
+    problem: Exception | None = None
+    """Why the launch failed."""
+
+
 class Worker:
     """Everything the engine thread owns. Other threads use ``enqueue``, ``cancel``, ``stop`` and ``stats``.
+
+    A step is launched and then collected. On a device that works beside the host, steps that only decode run
+    from ``DecodeGraphs``, and the next is launched before the last is collected where it is certain to come:
+    the device then never waits for the host.
 
     Commands travel through a ``SimpleQueue``, whose ``put`` may be called from finalizers at any moment.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, stop_ids: frozenset[int], dtype: torch.dtype, options: EngineOptions
+        self,
+        model: Any,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+        dtype: torch.dtype,
+        options: EngineOptions,
+        device: Device,
     ) -> None:
         config = model.config.thinker
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
@@ -61,6 +95,7 @@ class Worker:
             config.num_key_value_heads,
             config.head_dim,
             dtype,
+            device.torch,
         )
         self.pool = PagePool(options.num_pages, options.page_size)
         self.scheduler = Scheduler(
@@ -68,6 +103,14 @@ class Worker:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
         )
+        self.device = device
+        self.graphs: DecodeGraphs | None = None
+        if device.kind != "cpu":
+            capture = CudaCapture() if device.kind == "cuda" else run_directly
+            self.graphs = DecodeGraphs(
+                model.thinker, self.kv, options.max_num_seqs, self.max_len, device.torch, capture
+            )
+        self.flight: _Flight | None = None
         self.media = MediaCache(options.media_cache_bytes)
         self.live: dict[Request, _Live] = {}
         self.counts: Counter[str] = Counter()
@@ -130,10 +173,12 @@ class Worker:
         """Serve commands until told to stop; whatever happens, no request is left without an answer."""
         problem = EngineClosedError("the engine is closed")
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _own_stream(self.device):
                 while self._take_commands():
                     self._step()
                     self._snapshot()
+                if self.flight is not None:  # the memory it works in may be freed next
+                    self._collect(self.flight)
         except BaseException as cause:
             problem = EngineClosedError(f"the engine stopped: {type(cause).__name__}: {cause}")
             problem.__cause__ = cause
@@ -149,7 +194,7 @@ class Worker:
 
     def _take_commands(self) -> bool:
         """Apply all pending commands, waiting for one when there is nothing to do; False = stop."""
-        while not self.inbox.empty() or not len(self.scheduler):
+        while not self.inbox.empty() or not (len(self.scheduler) or self.flight):
             kind, request, outbox = self.inbox.get()
             if kind == "stop":
                 return False
@@ -162,29 +207,72 @@ class Worker:
         return True
 
     def _step(self) -> None:
-        """Prepare what can be admitted, run one batch, sample and send."""
+        """Launch a step unless one is in flight, launch the one behind it if that is certain, collect."""
+        flight, self.flight = self.flight or self._launch_next(), None
+        if flight is not None:
+            self.flight = self._launch_ahead(flight)
+            self._collect(flight)
+
+    def _launch_next(self) -> _Flight | None:
+        """Prepare what can be admitted and launch the next step; None = nothing can run."""
         self._prepare()
         chunks = self.scheduler.schedule()
         if not chunks:
-            return
+            return None
         now = time.perf_counter()
         for chunk in chunks:
             chunk.request.clock.started = chunk.request.clock.started or now
-        sampling = [c.request for c in chunks if c.samples]
+        return self._launch(chunks, self.graphs is not None and self.graphs.fits(chunks))
+
+    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+        """Launch the step after one in flight, if its tokens and the commands that wait cannot change it."""
+        if not flight.in_graph or flight.problem is not None or not self.inbox.empty():
+            return None
+        chunks = self.scheduler.ahead(flight.chunks)
+        return None if chunks is None else self._launch(chunks, in_graph=True)
+
+    def _launch(self, chunks: list[Chunk], in_graph: bool) -> _Flight:
+        """Hand a step to the device; on the CPU it is computed here."""
+        sampling = [c.request for c in chunks if in_graph or c.samples]
+        flight = _Flight(chunks, sampling, in_graph)
         try:
-            output = self.model.thinker.forward(pack_batch(chunks, self.pool.page_size), self.kv)
-            results = sample(output.logits, sampling) if sampling else []
-            self._keep_hidden(chunks, output)
+            if self.graphs is not None and in_graph:
+                flight.read = self.graphs.launch(chunks)
+                return flight
+            if self.graphs is not None:
+                self.graphs.forget()
+            batch = pack_batch(chunks, self.pool.page_size, self.device.torch)
+            output = self.model.thinker.forward(batch, self.kv)
+            if sampling:
+                flight.read = draw(output.logits, sampling)
+            if batch.want_hidden:
+                flight.output = output
         except Exception as problem:
-            for chunk in chunks:
+            flight.problem = problem
+        return flight
+
+    def _collect(self, flight: _Flight) -> None:
+        """Wait for a step and give its tokens to those of its requests that still run."""
+        try:
+            if flight.problem is not None:
+                raise flight.problem
+            results = flight.read()
+            if self.device.kind != "cpu":
+                ops.check_device()
+            self._keep_hidden(flight)
+        except Exception as problem:
+            for chunk in flight.chunks:
                 self._fail(chunk.request, _as_error("the model step failed", problem))
             return
+        chunks = [c for c in flight.chunks if c.request in self.live]
         self.scheduler.commit(chunks)
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(
             min(c.stop, c.request.num_prompt) - min(c.start, c.request.num_prompt) for c in chunks
         )
-        for request, result in zip(sampling, results, strict=True):
+        for request, result in zip(flight.sampling, results, strict=True):
+            if request not in self.live:
+                continue
             if isinstance(result, EngineError):
                 self._fail(request, result)
                 continue
@@ -219,10 +307,10 @@ class Worker:
             raise InvalidRequestError("media: expected finite features, the encoder produced NaN or infinity")
         return media
 
-    def _keep_hidden(self, chunks: list[Chunk], output: Any) -> None:
+    def _keep_hidden(self, flight: _Flight) -> None:
         """Copy the hidden states of prompt tokens to the requests that want them."""
-        begin = 0
-        for chunk in chunks:
+        begin, output = 0, flight.output
+        for chunk in flight.chunks:
             request, length = chunk.request, chunk.stop - chunk.start
             count = min(chunk.stop, request.num_prompt) - chunk.start
             if request.return_hidden and count > 0:
@@ -311,10 +399,25 @@ def _timings(request: Request) -> Timings:
     )
 
 
+@contextmanager
+def _own_stream(device: Device) -> Iterator[None]:
+    """Runs the thread's work on a GPU in a stream of its own, behind what has prepared model and cache."""
+    if device.kind != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device.torch)
+    stream.wait_stream(torch.cuda.default_stream(device.torch))
+    with torch.cuda.stream(stream):
+        yield
+
+
 def _as_error(what: str, problem: Exception) -> MingError:
     """The error a request ends with: a typed one as it is, any other inside an ``EngineError``."""
     if isinstance(problem, MingError):
         return problem
+    if isinstance(problem, torch.cuda.OutOfMemoryError):
+        # Without its cause, whose frames hold the memory of the failed step.
+        return CapacityError(f"{what}: the device has not enough memory: {problem}")
     error = EngineError(f"{what}: {type(problem).__name__}: {problem}")
     error.__cause__ = problem
     return error
