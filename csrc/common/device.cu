@@ -15,6 +15,10 @@ int sm_count() {
   return 4;
 }
 
+int capability() {
+  return 80;
+}
+
 DeviceScope::DeviceScope(int) : before_(-1) {}
 DeviceScope::~DeviceScope() {}
 
@@ -51,6 +55,14 @@ int sm_count() {
   gpu::check(cudaGetDevice(&device), "sm_count");
   gpu::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "sm_count");
   return count;
+}
+
+int capability() {
+  int device = 0, major = 0, minor = 0;
+  gpu::check(cudaGetDevice(&device), "capability");
+  gpu::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+  gpu::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
+  return 10 * major + minor;
 }
 
 DeviceScope::DeviceScope(int device) : before_(-1) {

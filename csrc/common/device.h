@@ -5,6 +5,7 @@ namespace ming {
 
 int device_count();  // throws std::runtime_error with the driver's words where there is none
 int sm_count();      // multiprocessors of the current device
+int capability();    // compute capability of the current device, 90 for 9.0
 
 // Makes a device the current one of this thread for a while.
 class DeviceScope {
