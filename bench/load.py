@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ming_rt.config import ThinkerConfig
 from ming_rt.demo import config_dict
 from ming_rt.models.thinker import Thinker
-from ming_rt.ops.gemm import pack_weight_torch
+from ming_rt.ops import pack_weight_torch
 from ming_rt.runtime.weights import Checkpoint, RandomSource, RecordingSource, load
 
 from .timing import Case, Row, measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .timing import Row
@@ -28,6 +28,7 @@ class Report:
     rows: list[Row]
     ceilings: Ceilings
     environment: dict
+    failed: dict[str, str] = field(default_factory=dict)  # rows that could not be measured, and why
 
     def roofline_share(self, row: Row) -> float | None:
         """The fraction of the roofline a row reached: its unavoidable time over its measured time."""

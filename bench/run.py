@@ -44,11 +44,11 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(read, rates[torch.bfloat16], rates[torch.float32])
 
 
-def op_cases() -> Iterator[Case]:
-    """The rows of every module under bench/ops."""
+def op_cases(device: str = "cpu") -> Iterator[Case]:
+    """The rows of every module under bench/ops, their tensors on ``device``."""
     for module in pkgutil.iter_modules(op_benches.__path__):
         bench = importlib.import_module(f"{op_benches.__name__}.{module.name}")
-        yield from bench.cases(torch.Generator().manual_seed(SEED))
+        yield from bench.cases(torch.Generator(device).manual_seed(SEED))
 
 
 def run(parts: tuple[str, ...] = PARTS, threads: int = 2, only: str = "", seconds: float = 0.5) -> Report:

@@ -4,8 +4,10 @@ their medians is what counts."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import torch
 
 WARM_UP = 0.005
 SETTLE = 0.006  # seconds between two timed calls
@@ -15,7 +17,8 @@ SETTLE = 0.006  # seconds between two timed calls
 class Case:
     """One bench row to be: two callables that do the same work.
 
-    ``bytes`` counts each input and output byte once, ``flops`` the multiplications and additions.
+    ``bytes`` counts each input and output byte once, ``flops`` the multiplications and additions. ``peers``
+    (on a GPU only) are other ways to do that work: each entry makes its callable, or raises ``SkippedError``.
     """
 
     op: str
@@ -25,6 +28,12 @@ class Case:
     torch: Callable[[], object]
     bytes: int = 0
     flops: int = 0
+    peers: Mapping[str, Callable[[], Callable[[], object]]] = field(default_factory=dict)
+
+
+def on_gpu(generator: torch.Generator) -> bool:
+    """Whether the rows of a case table, whose tensors lie where the generator is, are for a GPU."""
+    return generator.device.type == "cuda"
 
 
 @dataclass(frozen=True)

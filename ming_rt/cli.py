@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -110,8 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--only", default="", metavar="TEXT", help="only rows whose 'op shape dtype' holds TEXT"
     )
+    bench.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda or cuda:N")
     bench.add_argument("--threads", type=int, default=2, metavar="N", help="for both sides (default 2)")
-    bench.add_argument("--seconds", type=float, default=0.5, metavar="S", help="per row (default 0.5)")
+    bench.add_argument("--seconds", type=float, metavar="S", help="per row (default 0.5, on a GPU 0.1)")
+    bench.add_argument("--budget", type=float, metavar="S", help="begin no row after S seconds (on a GPU)")
     bench.add_argument("--out", default="bench-results", metavar="DIR", help="folder of table and plot")
     return parser
 
@@ -337,27 +340,39 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """``ming-rt bench``: rows to stderr as they come, then table, data and picture into ``--out``."""
-    from ming_rt.bench import run
+    from ming_rt.bench import gpu_run, run
 
+    gpu = arguments.device != "cpu"
+    parts = gpu_run.PARTS if gpu else run.PARTS
+    seconds = arguments.seconds if arguments.seconds is not None else 0.1 if gpu else 0.5
     problem = None
-    if unknown := sorted(set(arguments.parts) - set(run.PARTS)):
-        problem = f"unknown part {unknown[0]!r}; expected {', '.join(run.PARTS)}"
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", arguments.device):
+        problem = f"--device: expected cpu, cuda or cuda:N, got {arguments.device!r}"
+    elif unknown := sorted(set(arguments.parts) - set(parts)):
+        problem = f"unknown part {unknown[0]!r}; expected {', '.join(parts)}"
     elif not 1 <= arguments.threads <= 1024:
         problem = f"--threads: expected 1 to 1024, got {arguments.threads}"
-    elif not 0 < arguments.seconds <= 3600:
-        problem = f"--seconds: expected above 0 and at most 3600, got {arguments.seconds:g}"
+    elif not 0 < seconds <= 3600:
+        problem = f"--seconds: expected above 0 and at most 3600, got {seconds:g}"
+    elif arguments.budget is not None and not (gpu and arguments.budget > 0):
+        problem = "--budget: expected a number above 0, with --device cuda"
     if problem:
         print(f"ming-rt bench: {problem}", file=sys.stderr)
         return 2
-    Path(arguments.out).mkdir(parents=True, exist_ok=True)  # before minutes are spent measuring
-    report = run.run(
-        tuple(arguments.parts) or run.PARTS, arguments.threads, arguments.only, arguments.seconds
-    )
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)  # before minutes are spent measuring
+    chosen = tuple(arguments.parts) or parts
+    if gpu:
+        budget = float("inf") if arguments.budget is None else arguments.budget
+        report = gpu_run.run(chosen, arguments.device, arguments.only, seconds, budget, out)
+    else:
+        report = run.run(chosen, arguments.threads, arguments.only, seconds)
     if not report.rows:
-        print(f"ming-rt bench: no row matches {arguments.only!r}", file=sys.stderr)
+        why = "every row failed" if report.failed else f"no row matches {arguments.only!r}"
+        print(f"ming-rt bench: {why}", file=sys.stderr)
         return 1
     print(report.markdown())
-    written = report.write(Path(arguments.out))
+    written = report.write(out)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
     if written[-1].suffix != ".png":

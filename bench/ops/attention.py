@@ -8,7 +8,8 @@ import torch
 
 from ming_rt import ops
 
-from ..timing import Case
+from .. import peers
+from ..timing import Case, on_gpu
 
 # tag, heads, head_dim, segment length, segments
 ENCODERS = [
@@ -21,19 +22,32 @@ ENCODERS = [
 THINKERS = [("lite", 16, 4, 128), ("flash", 32, 4, 128)]
 PREFILL = [(128, 128), (512, 512), (2048, 2048), (512, 2048)]  # queries, keys
 DECODE = [(context, batch) for context in (128, 1024, 8192) for batch in (1, 4, 16)]
+GPU_PREFILL = [*PREFILL, (4096, 4096), (8192, 8192)]
+GPU_DECODE = [(context, batch) for context in (1024, 8192, 32768) for batch in (1, 8, 32)]
 PAGE = 32
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def paged_arguments(generator, dtype, heads, kv_heads, dim, queries, keys, batch):
     """A shuffled cache holding `batch` sequences of `keys` tokens each, and their last `queries` queries."""
+    device = generator.device
     per_sequence = -(-keys // PAGE)
     shape = (batch * per_sequence, kv_heads, PAGE, dim)
-    k, v = (torch.empty(shape, dtype=dtype).normal_(generator=generator) for _ in range(2))
-    table = torch.randperm(shape[0], generator=generator).view(batch, per_sequence).int()
-    q = torch.randn(batch * queries, heads, dim, generator=generator).to(dtype)
-    cu = torch.arange(batch + 1, dtype=torch.int32) * queries
-    return q, k, v, table, cu, torch.full((batch,), keys, dtype=torch.int32)
+    k, v = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))
+    table = torch.randperm(shape[0], generator=generator, device=device).view(batch, per_sequence).int()
+    q = torch.randn(batch * queries, heads, dim, generator=generator, device=device).to(dtype)
+    cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+    return q, k, v, table, cu, torch.full((batch,), keys, dtype=torch.int32, device=device)
+
+
+def gathered(q, k, v, table, cu, lengths):
+    """The same as contiguous q, k, v [B, heads, rows, dim] for scaled_dot_product_attention."""
+    batch, keys = table.shape[0], int(lengths[0])
+    k, v = (
+        x[table.long()].transpose(1, 2).reshape(batch, x.shape[1], -1, x.shape[3])[:, :, :keys].contiguous()
+        for x in (k, v)
+    )
+    return q.view(batch, -1, *q.shape[1:]).transpose(1, 2).contiguous(), k, v
 
 
 def cases(generator: torch.Generator) -> Iterator[Case]:
@@ -42,9 +56,15 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
         for tag, heads, dim, length, segments in ENCODERS:
             if name == "fp32" and length > 2000:
                 continue
-            qkv = torch.randn(length * segments, 3, heads, dim, generator=generator).to(dtype)
+            qkv = torch.randn(
+                length * segments, 3, heads, dim, generator=generator, device=generator.device
+            ).to(dtype)
             q, k, v = qkv.unbind(1)
-            cu = torch.arange(segments + 1, dtype=torch.int32) * length
+            cu = torch.arange(segments + 1, dtype=torch.int32, device=generator.device) * length
+
+            def separate(q=q, k=k, v=v, segments=segments):
+                return [x.unflatten(0, (segments, -1)).transpose(1, 2).contiguous() for x in (q, k, v)]
+
             yield Case(
                 "attention_varlen",
                 tag,
@@ -53,13 +73,15 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
                 lambda: ops.attention_varlen_torch(q, k, v, cu),  # noqa: B023
                 bytes=qkv.numel() * qkv.element_size() * 4 // 3,
                 flops=4 * segments * length * length * heads * dim,
+                peers=peers.sdpa_peers(separate, causal=False),
             )
         for model, heads, kv_heads, dim in THINKERS:
-            shapes = [(f"prefill {n}/{m}", n, m, 1) for n, m in PREFILL]
-            shapes += [(f"decode {m} b{batch}", 1, m, batch) for m, batch in DECODE]
+            prefill, decode = (GPU_PREFILL, GPU_DECODE) if on_gpu(generator) else (PREFILL, DECODE)
+            shapes = [(f"prefill {n}/{m}", n, m, 1) for n, m in prefill]
+            shapes += [(f"decode {m} b{batch}", 1, m, batch) for m, batch in decode]
             for tag, queries, keys, batch in shapes:
-                if name == "fp32" and (model == "flash" or batch == 16):
-                    continue  # the CPU runs flash in bf16
+                if name == "fp32" and (model == "flash" or batch == 16 or on_gpu(generator)):
+                    continue  # flash runs in bf16, and so does everything on a GPU
                 arguments = paged_arguments(generator, dtype, heads, kv_heads, dim, queries, keys, batch)
                 pairs = queries * (2 * keys - queries + 1) // 2
                 yield Case(
@@ -70,4 +92,9 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
                     lambda: ops.attention_paged_torch(*arguments),  # noqa: B023
                     bytes=sum(x.numel() * x.element_size() for x in arguments[1:3]) + 2 * arguments[0].nbytes,
                     flops=4 * batch * pairs * heads * dim,
+                    peers=peers.sdpa_peers(
+                        lambda arguments=arguments: gathered(*arguments), causal=queries == keys
+                    )
+                    if queries in (1, keys)
+                    else {},
                 )

@@ -8,7 +8,7 @@ import torch
 
 from ming_rt import ops
 
-from ..timing import Case
+from ..timing import Case, on_gpu
 
 # name, query heads, KV heads, head_dim, frequencies, per-head norm
 MODELS = [("lite", 16, 4, 128, 64, False), ("flash", 32, 4, 128, 32, True)]
@@ -17,9 +17,11 @@ PAGE = 32
 
 def cases(generator: torch.Generator) -> Iterator[Case]:
     """Angle tables, rotation fused with the KV append (decode, prefill), the vision tower's rotation."""
-    inv_freq, axis = ops.inv_freq(600000.0, 128), ops.axis_table("3D", 64)
-    for tokens in (1, 16, 512):
-        positions = torch.randint(0, 8000, (3, tokens), generator=generator, dtype=torch.int32)
+    device = generator.device
+    counts = (1, 8, 16, 512, 4096) if on_gpu(generator) else (1, 16, 512)
+    inv_freq, axis = ops.inv_freq(600000.0, 128).to(device), ops.axis_table("3D", 64).to(device)
+    for tokens in counts:
+        positions = torch.randint(0, 8000, (3, tokens), generator=generator, dtype=torch.int32, device=device)
         yield Case(
             "rope_table",
             f"{tokens}x64",
@@ -29,13 +31,13 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
             bytes=tokens * 64 * 8,
         )
     for name, heads, kv_heads, dim, freqs, norm in MODELS:
-        for tokens in (1, 16, 512):
+        for tokens in counts:
             width = (heads + 2 * kv_heads) * dim
-            qkv = torch.randn(tokens, width, generator=generator).bfloat16()
-            angles = torch.randn(tokens, freqs, generator=generator)
-            pages = torch.zeros(2, tokens // PAGE + 4, kv_heads, PAGE, dim, dtype=torch.bfloat16)
-            slots = torch.arange(tokens) + 5
-            weights = [torch.ones(dim, dtype=torch.bfloat16)] * 2 if norm else [None, None]
+            qkv = torch.randn(tokens, width, generator=generator, device=device).bfloat16()
+            angles = torch.randn(tokens, freqs, generator=generator, device=device)
+            pages = torch.zeros(2, tokens // PAGE + 4, kv_heads, PAGE, dim, dtype=qkv.dtype, device=device)
+            slots = torch.arange(tokens, device=device) + 5
+            weights = [torch.ones(dim, dtype=qkv.dtype, device=device)] * 2 if norm else [None, None]
             arguments = (qkv, angles.cos(), angles.sin(), *pages, slots, heads, *weights, 1e-6)
             yield Case(
                 "rope_append",
@@ -45,8 +47,8 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
                 lambda: ops.rope_append_torch(*arguments),  # noqa: B023
                 bytes=qkv.numel() * 4 + angles.numel() * 8,
             )
-    qkv = torch.randn(4096, 3 * 16 * 80, generator=generator).bfloat16()
-    angles = torch.randn(4096, 40, generator=generator)
+    qkv = torch.randn(4096, 3 * 16 * 80, generator=generator, device=device).bfloat16()
+    angles = torch.randn(4096, 40, generator=generator, device=device)
     cos, sin = angles.cos(), angles.sin()
     yield Case(
         "rope_qk",
