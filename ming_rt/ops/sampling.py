@@ -92,7 +92,7 @@ def sample_torch(
         if no_repeat_ngram_size[row]:
             scores[ngram_bans_torch(past, int(no_repeat_ngram_size[row]), vocab)] = -torch.inf
         if not (raw < torch.inf).all() or not scores.max().isfinite():
-            chosen.append(torch.tensor(-1))
+            chosen.append(torch.tensor(-1, device=logits.device))
             continue
         if temperature[row] == 0:
             chosen.append(scores.argmax())
@@ -109,7 +109,7 @@ def sample_torch(
             scores[order[drop]] = -torch.inf
         cumulative = scores.softmax(-1).double().cumsum(-1)
         chosen.append((cumulative <= uniforms[row].double() * cumulative[-1]).sum().clamp(max=vocab - 1))
-    ids = torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64)
+    ids = torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=logits.device)
     logprobs = logits.log_softmax(-1)
     top = logprobs.topk(n_logprobs, dim=-1)
     return ids, logprobs.gather(1, ids[:, None].clamp(min=0))[:, 0], top.indices, top.values
@@ -128,7 +128,7 @@ def ngram_bans(history: Tensor, n: int, vocab: int) -> Tensor:
 
 def ngram_bans_torch(history: Tensor, n: int, vocab: int) -> Tensor:
     """``ngram_bans`` as a plain torch composition."""
-    banned = torch.zeros(vocab, dtype=torch.bool)
+    banned = torch.zeros(vocab, dtype=torch.bool, device=history.device)
     if 0 < n <= len(history):
         grams = history.unfold(0, n, 1)
         ends = grams[(grams[:, :-1] == history[len(history) - n + 1 :]).all(1), -1]
