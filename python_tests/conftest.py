@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from ming_rt import ops
+from ming_rt.runtime.device import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = (
@@ -35,42 +36,37 @@ def build_emulation() -> None:
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Kernels of one backend: an instruction set of the CPU, ``emu`` (CUDA kernels emulated) or ``cuda``.
-
-    Tensors are made on the default device, which is the GPU for ``cuda``.
-    """
-    if backend == "emu":
-        build_emulation()
-        with ops.emulated():
-            yield
-            ops.check_device()
-    elif backend == "cuda":
-        with torch.device("cuda"):
-            yield
-            ops.check_device()
-    else:
+    """Kernels of one backend: an instruction set of the CPU, ``emu`` (CUDA kernels emulated) or ``cuda``."""
+    if backend in ops.ISAS:
         before = ops.isa()
         ops.set_isa(backend)
         try:
             yield
         finally:
             ops.set_isa(before)
+        return
+    if backend == "emu":
+        build_emulation()
+    with ops.emulated() if backend == "emu" else nullcontext():
+        yield
+        ops.check_device()
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Each instruction set of this CPU, the emulated CUDA kernels, and a GPU if there is one."""
-    with using(request.param):
+    """Each instruction set of this CPU, the emulated CUDA kernels, and a GPU if there is one.
+
+    A test's tensors are made on the GPU then.
+    """
+    with using(request.param), torch.device("cuda") if request.param == "cuda" else nullcontext():
         yield request.param
 
 
-@pytest.fixture(params=ops.available_isas())
-def isa(request):
-    """Runs the test with each instruction set this CPU has."""
-    before = ops.isa()
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa(before)
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """The device of each backend, for whole models; tensors have to be put there."""
+    with using(request.param):
+        yield resolve(request.param if request.param in ("emu", "cuda") else "cpu")
 
 
 @pytest.fixture

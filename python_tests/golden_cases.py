@@ -47,6 +47,10 @@ class GoldenCase:
     def inputs(self) -> dict[str, torch.Tensor]:
         return self.tensors("inputs.safetensors") if self.has("inputs.safetensors") else {}
 
+    def inputs_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The inputs, on a device."""
+        return {name: tensor.to(device) for name, tensor in self.inputs.items()}
+
     @cached_property
     def outputs(self) -> dict[str, torch.Tensor]:
         return self.tensors("outputs.safetensors") if self.has("outputs.safetensors") else {}

@@ -16,6 +16,7 @@ from golden_cases import GoldenCase
 from ming_rt.models.fusion import MediaEmbeds
 from ming_rt.models.thinker import Thinker, ThinkerOutput
 from ming_rt.runtime.batch import Batch
+from ming_rt.runtime.device import Device
 from ming_rt.runtime.kv_cache import KVCache
 from ming_rt.runtime.weights import Checkpoint, WeightSource, load
 
@@ -29,12 +30,13 @@ def load_case(
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
     world: int = 1,
+    device: Device | None = None,
 ) -> T:
     """Builds a model from a golden case's weights with the real loader, as a checkpoint in ``directory``."""
     target = directory / "model.safetensors"
     if not target.exists():
         shutil.copyfile(case.path / "weights.safetensors", target)
-    return load(build, Checkpoint(directory), dtype, rank=rank, world=world)
+    return load(build, Checkpoint(directory), dtype, rank=rank, world=world, device=device)
 
 
 @dataclass
@@ -74,9 +76,9 @@ class Runner:
         config, count = self.thinker.config, len(self.prompts)
         pages = -(-self.capacity // self.page_size)
         kv_heads = config.num_key_value_heads // self.thinker.comm.world
-        self.kv = KVCache(
-            config.num_hidden_layers, count * pages + 1, self.page_size, kv_heads, config.head_dim, self.dtype
-        )
+        self.device = self.thinker.embed.device
+        sizes = (config.num_hidden_layers, count * pages + 1, self.page_size, kv_heads, config.head_dim)
+        self.kv = KVCache(*sizes, self.dtype, self.device)
         for pool in (*self.kv.k, *self.kv.v):
             pool.fill_(float("nan"))  # reading a slot nobody wrote shows at once
         order = np.random.default_rng(count).permutation(count * pages) + 1
@@ -115,21 +117,28 @@ class Runner:
                 feats.append(chunk.media.feats)
         modality = np.concatenate([chunk.modality for chunk in chunks])
         positions = np.concatenate([chunk.positions for chunk in chunks], axis=1)
+
+        def place(values: np.ndarray | Seq[int], dtype: type) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(self.device)
+
         batch = Batch(
-            input_ids=torch.from_numpy(np.concatenate([chunk.ids for chunk in chunks])),
-            positions=torch.from_numpy(np.ascontiguousarray(positions, np.int32)),
-            slots=torch.from_numpy(np.concatenate(slots)),
-            page_table=torch.from_numpy(self.page_table[[chunk.sequence for chunk in chunks]]),
-            cu_seqlens_q=torch.from_numpy(ends.astype(np.int32)),
-            kv_lens=torch.tensor([self.lengths[chunk.sequence] for chunk in chunks], dtype=torch.int32),
-            logit_rows=torch.arange(ends[-1]) if all_logits else torch.from_numpy(ends[1:] - 1),
-            modality=torch.from_numpy(modality) if modality.any() else None,
-            media_rows=torch.from_numpy(np.concatenate(rows)) if rows else None,
-            media_feats=torch.cat(feats) if feats else None,
+            input_ids=place(np.concatenate([chunk.ids for chunk in chunks]), np.int64),
+            positions=place(positions, np.int32),
+            slots=place(np.concatenate(slots), np.int64),
+            page_table=place(self.page_table[[chunk.sequence for chunk in chunks]], np.int32),
+            cu_seqlens_q=place(ends, np.int32),
+            kv_lens=place([self.lengths[chunk.sequence] for chunk in chunks], np.int32),
+            logit_rows=place(np.arange(ends[-1]) if all_logits else ends[1:] - 1, np.int64),
+            modality=place(modality, np.uint8) if modality.any() else None,
+            media_rows=place(np.concatenate(rows), np.int64) if rows else None,
+            media_feats=torch.cat(feats).to(self.device) if feats else None,
             want_hidden=True,
         )
         self.taps = {}
-        return self.thinker.forward(batch, self.kv, tap=lambda name, t: self.taps.update({name: t.clone()}))
+        out = self.thinker.forward(
+            batch, self.kv, tap=lambda name, t: self.taps.update({name: t.cpu().clone()})
+        )
+        return ThinkerOutput(*(None if t is None else t.cpu() for t in vars(out).values()))
 
     def prefill(self, *, all_logits: bool = False) -> ThinkerOutput:
         """All prompts whole, in one step."""
@@ -145,4 +154,4 @@ class Runner:
         """Keys and values ``[Hkv, T, D]`` of a sequence in one layer."""
         slots = torch.from_numpy(self.slots(sequence, np.arange(self.lengths[sequence])))
         pools = (self.kv.k[layer], self.kv.v[layer])
-        return tuple(pool.transpose(1, 2).flatten(0, 1)[slots].transpose(0, 1) for pool in pools)
+        return tuple(pool.cpu().transpose(1, 2).flatten(0, 1)[slots].transpose(0, 1) for pool in pools)

@@ -27,7 +27,7 @@ class Taps(dict):
     """Collects intermediates by name."""
 
     def __call__(self, name: str, tensor: torch.Tensor) -> None:
-        self[name] = tensor.clone()
+        self[name] = tensor.cpu().clone()
 
 
 def group(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -46,18 +46,20 @@ def vision_sets(case: GoldenCase):
             yield prefix, case.inputs[pixels], case.inputs[grid].numpy()
 
 
-def load_vision(case: GoldenCase, directory, dtype=torch.float32) -> VisionEncoder:
+def load_vision(case: GoldenCase, directory, dtype=torch.float32, device=None) -> VisionEncoder:
     config, hidden = VisionConfig.from_dict(case.config), case.config["llm_config"]["hidden_size"]
+    depth = case.config["mlp_depth"]
     return load_case(
-        case, directory, lambda src: VisionEncoder(config, src, hidden, case.config["mlp_depth"]), dtype
+        case, directory, lambda src: VisionEncoder(config, src, hidden, depth), dtype, device=device
     )
 
 
 @golden_cases(has_vision)
-def test_vision(case: GoldenCase, tmp_path, isa):
+def test_vision(case: GoldenCase, tmp_path, device):
     """Window layout exactly; every block, merger, projector and the unit rows within tolerance."""
-    vision = load_vision(case, tmp_path)
+    vision = load_vision(case, tmp_path, device=device)
     for prefix, pixels, grid in vision_sets(case):
+        pixels = pixels.to(device.torch)
         expected = group(case.outputs, prefix)
         where = layout(vision.tower.config, grid)
         assert torch.equal(where.units, expected["window_index"])
@@ -65,8 +67,9 @@ def test_vision(case: GoldenCase, tmp_path, isa):
         assert torch.equal(where.slices, expected["cu_seqlens"])
         actual = Taps()
         actual["image_embeds"] = vision(pixels, grid, actual)
-        actual["proj_hidden_pre_gelu"] = vision.projector.layers[0](actual["vision_out"])
-        actual["proj_out"] = vision.projector(actual["vision_out"])
+        out = actual["vision_out"].to(device.torch)
+        actual["proj_hidden_pre_gelu"] = vision.projector.layers[0](out)
+        actual["proj_out"] = vision.projector(out)
         assert {"patch_embed", "vision_out", "image_embeds"} <= expected.keys()
         for name in actual.keys() & expected.keys():
             stage = "_block" if name.startswith("block") else ""
@@ -80,11 +83,12 @@ def test_vision(case: GoldenCase, tmp_path, isa):
 
 
 @golden_cases(has_vision)
-def test_vision_bf16(case: GoldenCase, tmp_path):
+def test_vision_bf16(case: GoldenCase, tmp_path, device):
     """A bf16 run points nearly the same way."""
-    vision = load_vision(case, tmp_path, torch.bfloat16)
+    vision = load_vision(case, tmp_path, torch.bfloat16, device)
     for prefix, pixels, grid in vision_sets(case):
-        error = row_errors(vision(pixels, grid).flatten(), case.outputs[f"{prefix}image_embeds"].flatten())
+        rows = vision(pixels.to(device.torch), grid).cpu()
+        error = row_errors(rows.flatten(), case.outputs[f"{prefix}image_embeds"].flatten())
         assert error <= RELATIVE_BF16["vision"]
 
 
@@ -120,7 +124,7 @@ def audio_groups(case: GoldenCase):
         yield name, kind, segments
 
 
-def load_audio(case: GoldenCase, directory, dtype=torch.float32) -> dict[str, AudioEncoder]:
+def load_audio(case: GoldenCase, directory, dtype=torch.float32, device=None) -> dict[str, AudioEncoder]:
     hidden, depth = case.config["llm_config"]["hidden_size"], case.config["mlp_depth"]
     configs = read_audio(case.config)
     return load_case(
@@ -128,24 +132,26 @@ def load_audio(case: GoldenCase, directory, dtype=torch.float32) -> dict[str, Au
         directory,
         lambda src: {name: AudioEncoder(part, src, hidden, depth) for name, part in configs.items()},
         dtype,
+        device=device,
     )
 
 
 @golden_cases(has_audio)
-def test_audio_bf16(case: GoldenCase, tmp_path):
+def test_audio_bf16(case: GoldenCase, tmp_path, device):
     """A bf16 run points nearly the same way."""
-    encoders = load_audio(case, tmp_path, torch.bfloat16)
+    encoders = load_audio(case, tmp_path, torch.bfloat16, device)
     for name, kind, segments in audio_groups(case):
-        rows = torch.cat(encoders[kind](segments))
+        rows = torch.cat(encoders[kind]([segment.to(device.torch) for segment in segments])).cpu()
         expected = recorded_rows(group(case.outputs, f"{name}."), "audio_embeds")
         assert row_errors(rows.flatten(), expected.flatten()) <= RELATIVE_BF16["audio"], name
 
 
 @golden_cases(has_audio)
-def test_audio(case: GoldenCase, tmp_path, isa):
+def test_audio(case: GoldenCase, tmp_path, device):
     """Encoder stages, projector, lengths and unit rows, for segments alone and together."""
-    encoders = load_audio(case, tmp_path)
+    encoders = load_audio(case, tmp_path, device=device)
     for name, kind, segments in audio_groups(case):
+        segments = [segment.to(device.torch) for segment in segments]
         audio, expected = encoders[kind], group(case.outputs, f"{name}.")
         taps = Taps()
         rows = audio(segments, taps)
@@ -157,14 +163,14 @@ def test_audio(case: GoldenCase, tmp_path, isa):
             cut = torch.cat([item[: len(row)] for item, row in zip(projected, rows, strict=True)])
             assert_close(cut, recorded_rows(expected, "proj_out"), f"golden_{kind}")
         if "proj_conv_out" in expected:
-            taps["proj_conv_out"] = audio.projector.conv(taps["encoder_out"]).mT
+            taps["proj_conv_out"] = audio.projector.conv(taps["encoder_out"].to(device.torch)).mT
         if "conv2_pre_gelu" in expected:
             mel = segments[0][None]
             taps["conv1_pre_gelu"] = audio.encoder.conv1(mel).mT
             taps["conv2_pre_gelu"] = audio.encoder.conv2(audio.encoder.conv1(mel, act="gelu")).mT
         for stage in taps.keys() & expected.keys():
             row = "golden_sanm_input" if stage == "after_pe" else f"golden_{kind}"
-            assert_close(taps[stage].view_as(expected[stage]), expected[stage], row)
+            assert_close(taps[stage].reshape(expected[stage].shape), expected[stage], row)
         missing = expected.keys() - taps.keys() - {"audio_embeds", "proj_out", "lengths"}
         assert not missing
 

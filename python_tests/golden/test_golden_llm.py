@@ -94,11 +94,11 @@ def place_media(config: ThinkerConfig, inputs: dict[str, torch.Tensor], row: int
 
 
 @golden_cases(is_model)
-def test_model(case: GoldenCase, tmp_path, isa):
+def test_model(case: GoldenCase, tmp_path, device):
     """Prefill and greedy decode: every recorded intermediate, token and cache entry."""
     for prefix in sub_cases(case, "input_ids"):
         run = Recorded(case, prefix)
-        thinker = load_case(case, tmp_path, partial(Thinker, run.config))
+        thinker = load_case(case, tmp_path, partial(Thinker, run.config), device=device)
         if (head := run.outputs.get("lm_head_normalised")) is not None:
             assert_close(thinker.head.unpack(), head, "golden_weight")
         steps = len(run.outputs.get("decode.input_ids", ()))
@@ -287,21 +287,25 @@ def test_position_ids(case: GoldenCase):
 
 
 @golden_cases(has_unit("position_ids", "q_embed"))
-def test_rope(case: GoldenCase, isa):
+def test_rope(case: GoldenCase, device):
     """Tables and rotation of every rope type, through the fused op that also writes the cache."""
+    inputs = case.inputs_on(device.torch)
     for prefix in sub_cases(case, "position_ids"):
         settings = case.config[prefix.rstrip(".")]
         inv_freq, axis, scale = ops.rope_frequencies(RopeConfig.from_dict(settings), settings.get("seq_len"))
         if "bfloat16" in settings.get("inv_freq", ""):
             inv_freq = inv_freq.bfloat16().float()
-        recorded = case.inputs[f"{prefix}position_ids"]
+        inv_freq, axis = inv_freq.to(device.torch), axis.to(device.torch)
+        recorded = inputs[f"{prefix}position_ids"]
         positions = recorded.expand(3, *recorded.shape[-2:]).flatten(1).int().contiguous()
-        q, k = (case.inputs[prefix + name].transpose(1, 2).flatten(0, 1) for name in ("q", "k"))
+        q, k = (inputs[prefix + name].transpose(1, 2).flatten(0, 1) for name in ("q", "k"))
         tokens, kv_heads, dim = k.shape
         qkv = torch.cat([q, k, k], dim=1).flatten(1)
-        pages = torch.zeros(2, 1, kv_heads, tokens, dim)
+        pages = torch.zeros(2, 1, kv_heads, tokens, dim, device=device.torch)
         cos, sin = ops.rope_table(positions, inv_freq, axis, scale)
-        rotated = ops.rope_append(qkv, cos, sin, *pages, torch.arange(tokens), q.shape[1])
+        rotated = ops.rope_append(
+            qkv, cos, sin, *pages, torch.arange(tokens, device=device.torch), q.shape[1]
+        )
         for actual, name in ((rotated, "q_embed"), (pages[0, 0].transpose(0, 1), "k_embed")):
             expected = case.outputs[prefix + name].transpose(1, 2).flatten(0, 1)
             assert_close(actual, expected, "golden_rope")
@@ -315,15 +319,16 @@ def test_rope(case: GoldenCase, isa):
 
 
 @golden_cases(has_unit("hidden", "topk_idx"))
-def test_routers(case: GoldenCase, isa):
+def test_routers(case: GoldenCase, device):
     """Softmax and grouped sigmoid routers: logits, exact choices, weights."""
+    inputs = case.inputs_on(device.torch)
     for prefix in sub_cases(case, "hidden"):
         settings = case.config[prefix.rstrip(".")]
-        bias = case.inputs.get(f"{prefix}expert_bias")
+        bias = inputs.get(f"{prefix}expert_bias")
         grouped = bias is not None
-        routers = ops.RouterWeights(case.inputs[f"{prefix}weight"][None], bias[None] if grouped else None)
+        routers = ops.RouterWeights(inputs[f"{prefix}weight"][None], bias[None] if grouped else None)
         ids, weights, logits = ops.moe_route(
-            case.inputs[f"{prefix}hidden"].flatten(0, -2),
+            inputs[f"{prefix}hidden"].flatten(0, -2),
             routers,
             None,
             kind="grouped_sigmoid" if grouped else "softmax",
@@ -335,45 +340,47 @@ def test_routers(case: GoldenCase, isa):
         )
         assert_close(logits, case.outputs[f"{prefix}logits"], "golden_weight")
         ids, order = ids.long().sort(dim=-1)
-        assert torch.equal(ids, case.outputs[f"{prefix}topk_idx"]), prefix
+        assert torch.equal(ids.cpu(), case.outputs[f"{prefix}topk_idx"]), prefix
         assert_close(weights.gather(-1, order), case.outputs[f"{prefix}topk_weight"], "golden_weight")
 
 
 @golden_cases(has_unit("x_bf16", "y_bf16"))
-def test_norms(case: GoldenCase, isa):
+def test_norms(case: GoldenCase, device):
     """RMSNorm in fp32 within tolerance, in bf16 bit for bit for the cast order."""
+    inputs = case.inputs_on(device.torch)
     for prefix in sub_cases(case, "x_bf16"):
         settings = case.config[prefix.rstrip(".")]
         weight_in_fp32 = settings["order"].startswith("cast(weight")
         for suffix, out in (("", "y_f32"), ("_bf16", "y_bf16")):
-            x, weight = case.inputs[f"{prefix}x{suffix}"], case.inputs[f"{prefix}weight{suffix}"]
+            x, weight = inputs[f"{prefix}x{suffix}"], inputs[f"{prefix}weight{suffix}"]
             actual = ops.rms_norm(x, weight, settings["eps"], weight_in_fp32=weight_in_fp32)
             expected = case.outputs[prefix + out]
             if suffix:
-                assert torch.equal(actual, expected), prefix
+                assert torch.equal(actual.cpu(), expected), prefix
             else:
                 assert_close(actual, expected, "golden_norm")
 
 
 @golden_cases(has_unit("input_ids", "banned"))
-def test_no_repeat_ngram(case: GoldenCase):
+def test_no_repeat_ngram(case: GoldenCase, device):
     """Every id in turn gets the largest logit: it is chosen unless it would repeat an n-gram."""
+    inputs = case.inputs_on(device.torch)
     for prefix in sub_cases(case, "input_ids"):
         settings = case.config[prefix.rstrip(".")]
         vocab = settings["vocab"]
         for history, banned in zip(
-            case.inputs[f"{prefix}input_ids"], case.outputs[f"{prefix}banned"], strict=True
+            inputs[f"{prefix}input_ids"], case.outputs[f"{prefix}banned"], strict=True
         ):
-            ones = torch.ones(vocab)
+            ones = torch.ones(vocab, device=device.torch)
             chosen, *_ = ops.sample(
-                torch.eye(vocab),
+                torch.eye(vocab, device=device.torch),
                 temperature=0 * ones,
-                top_k=torch.zeros(vocab, dtype=torch.int32),
+                top_k=(0 * ones).int(),
                 top_p=ones,
                 repetition_penalty=ones,
-                no_repeat_ngram_size=torch.full((vocab,), settings["ngram_size"], dtype=torch.int32),
+                no_repeat_ngram_size=(settings["ngram_size"] * ones).int(),
                 history=history,
-                history_bounds=torch.tensor([[0, len(history)]] * vocab),
+                history_bounds=torch.tensor([[0, len(history)]] * vocab, device=device.torch),
                 uniforms=0 * ones,
             )
-            assert torch.equal(chosen != torch.arange(vocab), banned), prefix
+            assert torch.equal(chosen.cpu() != torch.arange(vocab), banned), prefix
