@@ -15,9 +15,11 @@ namespace ming::binding {
 void register_attention(py::module_& m);
 void register_decode(py::module_& m);
 void register_gemm(py::module_& m);
+void register_embed(py::module_& m);
 void register_image(py::module_& m);
 void register_moe(py::module_& m);
 void register_norm(py::module_& m);
+void register_resize(py::module_& m);
 void register_rope(py::module_& m);
 void register_sampling(py::module_& m);
 void register_spectral(py::module_& m);
@@ -49,13 +51,15 @@ PYBIND11_MODULE(MING_MODULE, m) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
   binding::register_spectral(m);
-  binding::register_attention(m);
   binding::register_gemm(m);
-  binding::register_image(m);
+  binding::register_resize(m);
   binding::register_moe(m);
-  binding::register_rope(m);
 #endif
+  binding::register_attention(m);
   binding::register_decode(m);
+  binding::register_embed(m);
+  binding::register_image(m);
   binding::register_norm(m);
+  binding::register_rope(m);
   binding::register_sampling(m);
 }

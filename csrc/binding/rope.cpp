@@ -13,14 +13,14 @@ void rope_table(py::object positions_, py::object inv_freq_, py::object axis_, f
   TensorView axis = call.tensor("axis", axis_, {DType::u8}, {"F"});
   TensorView cos = call.dense("cos", cos_, {DType::f32}, {"N", "F"});
   TensorView sin = call.dense("sin", sin_, {DType::f32}, {"N", "F"});
-  for (int64_t j = 0; j < axis.shape[0]; ++j)
-    call.expect(axis.ptr<uint8_t>()[j] <= 2,
-                "axis: expected values 0, 1 or 2, got " + std::to_string(axis.ptr<uint8_t>()[j]));
+  if (kReadsValues)
+    for (int64_t j = 0; j < axis.shape[0]; ++j)
+      call.expect(axis.ptr<uint8_t>()[j] <= 2,
+                  "axis: expected values 0, 1 or 2, got " + std::to_string(axis.ptr<uint8_t>()[j]));
   RopeTableParams p{positions.ptr<int32_t>(), inv_freq.ptr<float>(), axis.ptr<uint8_t>(),
                     cos.ptr<float>(),         sin.ptr<float>(),      positions.shape[1],
                     inv_freq.shape[0],        positions.stride[0],   scale};
-  py::gil_scoped_release release;
-  cpu::rope_table(p);
+  call.run(MING_KERNEL(rope_table), p);
 }
 
 // cos and sin [N, F] of N rows, with 2F within the head.
@@ -48,19 +48,36 @@ void rope_append(py::object qkv_, py::object cos_, py::object sin_, py::object k
   TensorView k_norm = call.optional("k_norm", k_norm_, {qkv.dtype}, {"D"});
   call.expect(bool(q_norm) == bool(k_norm), "q_norm and k_norm are given together");
   const int64_t capacity = call.dim("P") * call.dim("page");
-  for (int64_t n = 0; n < slots.shape[0]; ++n) {
-    const int64_t slot = slots.ptr<int64_t>()[n];
-    if (slot < 0 || slot >= capacity)
-      call.fail("slots: expected values from 0 to " + std::to_string(capacity - 1) + ", got " +
-                std::to_string(slot));
-  }
-  RopeAppendParams p{
-      qkv.data,        cos.ptr<float>(), sin.ptr<float>(), k.data,        v.data,       slots.ptr<int64_t>(),
-      q_norm.data,     k_norm.data,      q.data,           qkv.shape[0],  cos.shape[1], call.dim("Hq"),
-      call.dim("Hkv"), call.dim("D"),    call.dim("page"), qkv.stride[0], eps,          qkv.dtype,
-      k.dtype};
-  py::gil_scoped_release release;
-  cpu::rope_append(p);
+  call.expect(call.dim("page") >= 1 && capacity <= INT32_MAX, "k_pages: expected 1 to 2^31 - 1 slots");
+  if (kReadsValues)
+    for (int64_t n = 0; n < slots.shape[0]; ++n) {
+      const int64_t slot = slots.ptr<int64_t>()[n];
+      if (slot < -1 || slot >= capacity)
+        call.fail("slots: expected values from 0 to " + std::to_string(capacity - 1) + " or -1, got " +
+                  std::to_string(slot));
+    }
+  RopeAppendParams p{};
+  p.qkv = qkv.data;
+  p.cos = cos.ptr<float>();
+  p.sin = sin.ptr<float>();
+  p.k_pages = k.data;
+  p.v_pages = v.data;
+  p.slots = slots.ptr<int64_t>();
+  p.q_norm = q_norm.data;
+  p.k_norm = k_norm.data;
+  p.q = q.data;
+  p.tokens = qkv.shape[0];
+  p.freqs = cos.shape[1];
+  p.heads = call.dim("Hq");
+  p.kv_heads = call.dim("Hkv");
+  p.head_dim = call.dim("D");
+  p.page_size = call.dim("page");
+  p.pages = call.dim("P");
+  p.qkv_stride = qkv.stride[0];
+  p.eps = eps;
+  p.dtype = qkv.dtype;
+  p.page_dtype = k.dtype;
+  call.run(MING_KERNEL(rope_append), p);
 }
 
 void rope_qk(py::object qkv_, py::object cos_, py::object sin_, int64_t num_heads) {
@@ -74,8 +91,7 @@ void rope_qk(py::object qkv_, py::object cos_, py::object sin_, int64_t num_head
   check_tables(call, cos_, sin_, &cos, &sin, head_dim);
   RopeQkParams p{qkv.data,  cos.ptr<float>(), sin.ptr<float>(), qkv.shape[0], cos.shape[1],
                  num_heads, head_dim,         qkv.stride[0],    qkv.dtype};
-  py::gil_scoped_release release;
-  cpu::rope_qk(p);
+  call.run(MING_KERNEL(rope_qk), p);
 }
 
 }  // namespace

@@ -128,10 +128,8 @@ class Thinker:
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """Word embeddings ``[N, H]`` with media features in place of their placeholders."""
-        x = self.embed[batch.input_ids.clamp(0, self.config.vocab_size - 1)]
-        if batch.media_rows is not None and batch.media_feats is not None:
-            x[batch.media_rows] = batch.media_feats.to(x.dtype)
-        return x
+        feats = None if batch.media_feats is None else batch.media_feats.to(self.embed.dtype)
+        return ops.embed(batch.input_ids, self.embed, batch.media_rows, feats)
 
 
 def _norm(config: ThinkerConfig, src: WeightSource, name: str) -> RMSNorm:
@@ -152,4 +150,4 @@ def _head(config: ThinkerConfig, src: WeightSource) -> ops.PackedWeight:
     if config.norm_head:
         squares = sum(block.float().square().sum(0) for block in weight.split(8192))
         mine = (mine.float() / (squares.sqrt() + 1e-7)).to(src.dtype)
-    return ops.pack_weight(mine, src.dtype)
+    return ops.pack_weight(mine, src.dtype, quant=src.quant)

@@ -19,6 +19,7 @@ from ming_rt.ops.attention import (
     attention_varlen_torch,
 )
 from ming_rt.ops.decode import advance, advance_torch
+from ming_rt.ops.embed import embed, embed_torch
 from ming_rt.ops.gemm import linear, linear_swiglu, linear_swiglu_torch, linear_torch
 from ming_rt.ops.image import (
     patchify,
@@ -121,6 +122,8 @@ __all__ = [
     "axis_table",
     "check_device",
     "cuda_missing",
+    "embed",
+    "embed_torch",
     "emulate",
     "emulated",
     "fbank",

@@ -5,6 +5,8 @@ i is centred on (i + 0.5) * in / out and its kernel is widened by the shrink fac
 
 * ``resize_u8`` is Pillow's (before version 13), bit exact: 22-bit fixed-point weights, each pass rounded;
 * ``resize_frames`` is torch's antialiased interpolation: float32 weights and sums, no rounding in between.
+
+They run on the CPU only: pictures are decoded there, and a resized one is smaller.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ming_rt.ops._native import cpu
+from ming_rt.ops._native import cpu, kernels
 
 Kind = Literal["bicubic", "bilinear"]
 
@@ -219,8 +221,8 @@ def patchify(
         Patch rows [t*h*w, 1176] float32 and the grid (t, h, w) in patches.
     """
     t, h, w = _grid(frames)
-    rows = torch.empty(t * h * w, 3 * TEMPORAL_PATCH * PATCH * PATCH)
-    cpu.patchify(frames.contiguous(), rows, tuple(mean), tuple(std))
+    rows = torch.empty(t * h * w, 3 * TEMPORAL_PATCH * PATCH * PATCH, device=frames.device)
+    kernels(frames).patchify(frames.contiguous(), rows, tuple(mean), tuple(std))
     return rows, (t, h, w)
 
 
@@ -230,7 +232,8 @@ def patchify_torch(
     """``patchify`` as a plain torch composition."""
     t, h, w = _grid(frames)
     x = (frames.double() * (1 / 255)).float()
-    x = (x - torch.tensor(mean, dtype=torch.float32)) / torch.tensor(std, dtype=torch.float32)
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=frames.device) for v in (mean, std))
+    x = (x - mean) / std
     if len(x) == 1:
         x = x.expand(TEMPORAL_PATCH, -1, -1, -1)
     x = x.reshape(t, TEMPORAL_PATCH, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ming_rt.ops._native import cpu
+from ming_rt.ops._native import kernels
 
 ROPE_TYPES = ("plain", "linear", "dynamic", "yarn", "3D", "video_rope")
 
@@ -126,9 +126,9 @@ def rope_table(
     -> cos, sin float32 [N, F] of positions[axis[j], n] * inv_freq[j] (fp32 product), both times `scale`.
     Raises ValueError on wrong dtypes or shapes or an axis above 2.
     """
-    cos = torch.empty((positions.shape[-1], inv_freq.shape[0]), dtype=torch.float32)
-    sin = torch.empty_like(cos)
-    cpu.rope_table(positions, inv_freq, axis, scale, cos, sin)
+    shape = (positions.shape[-1], inv_freq.shape[0])
+    cos, sin = (torch.empty(shape, dtype=torch.float32, device=positions.device) for _ in range(2))
+    kernels(positions).rope_table(positions, inv_freq, axis, scale, cos, sin)
     return cos, sin
 
 
@@ -157,14 +157,15 @@ def rope_append(
     qkv float32|bfloat16 [N, (Hq + 2 Hkv) * D] (heads q, k, v; strided rows allowed);
     cos, sin float32 [N, F], 2F <= D;
     k_pages, v_pages float32|bfloat16 [P, Hkv, page, D] contiguous, written in place in their own dtype;
-    slots int64 [N], slot = page_index * page + offset, all within the pages and each used once;
+    slots int64 [N], slot = page_index * page + offset, all within the pages and each used once, or -1: the
+    token's k and v are not written;
     q_norm, k_norm [D] in qkv's dtype, both or neither: normalised in fp32, cast to qkv's dtype, times weight.
     -> q [N, Hq, D] in qkv's dtype.
-    Raises ValueError, before anything is written, on a wrong dtype, shape or slot.
+    Raises ValueError, before anything is written, on a wrong dtype, shape or (on the CPU) slot.
     """
     head_dim = k_pages.shape[-1]
-    q = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype)
-    cpu.rope_append(qkv, cos, sin, k_pages, v_pages, slots, q_norm, k_norm, eps, q)
+    q = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    kernels(qkv).rope_append(qkv, cos, sin, k_pages, v_pages, slots, q_norm, k_norm, eps, q)
     return q
 
 
@@ -182,14 +183,15 @@ def rope_append_torch(
 ) -> torch.Tensor:
     """Plain torch composition of `rope_append`."""
     pages, kv_heads, page_size, head_dim = k_pages.shape
-    if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= pages * page_size):
-        raise ValueError(f"rope_append: expected slots in [0, {pages * page_size}), got one outside")
+    if slots.numel() and (int(slots.min()) < -1 or int(slots.max()) >= pages * page_size):
+        raise ValueError(f"rope_append: expected slots in [0, {pages * page_size}) or -1, got one outside")
     q, k, v = qkv.view(-1, num_heads + 2 * kv_heads, head_dim).split([num_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = _head_norm(q, q_norm, eps), _head_norm(k, k_norm, eps)
-    page, offset = slots // page_size, slots % page_size
-    k_pages[page, :, offset] = _rotate(k, cos, sin, k_pages.dtype)
-    v_pages[page, :, offset] = v.to(v_pages.dtype)
+    kept = slots >= 0
+    page, offset = slots[kept] // page_size, slots[kept] % page_size
+    k_pages[page, :, offset] = _rotate(k, cos, sin, k_pages.dtype)[kept]
+    v_pages[page, :, offset] = v[kept].to(v_pages.dtype)
     return _rotate(q, cos, sin, q.dtype)
 
 
@@ -200,7 +202,7 @@ def rope_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads:
     cos, sin float32 [N, F], 2F <= D.
     Returns qkv. Raises ValueError on wrong dtypes or shapes.
     """
-    cpu.rope_qk_(qkv, cos, sin, num_heads)
+    kernels(qkv).rope_qk_(qkv, cos, sin, num_heads)
     return qkv
 
 

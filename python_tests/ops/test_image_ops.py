@@ -112,7 +112,7 @@ def test_strided_pictures(isa, rng):
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 56, 84), (2, 28, 56), (6, 56, 28)])
-def test_patchify_equals_the_composition(isa, rng, shape):
+def test_patchify_equals_the_composition(backend, rng, shape):
     frames = pixels(rng, *shape, 3)
     for x in (frames, frames.float() + 0.3):
         rows, grid = ops.patchify(x, MEAN, STD)
@@ -121,7 +121,7 @@ def test_patchify_equals_the_composition(isa, rng, shape):
         assert torch.equal(rows, expected)
 
 
-def test_patchify_order(isa):
+def test_patchify_order(backend):
     """One bright pixel lands where the layout says: unit (row, column), block, channel, time, y, x."""
     frames = torch.zeros(2, 56, 84, 3)
     frames[1, 28 + 14 + 3, 56 + 5, 2] = 255.0

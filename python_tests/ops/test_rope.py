@@ -86,7 +86,7 @@ def test_bad_settings(settings, message):
 
 
 @pytest.mark.parametrize("freqs", [1, 20, 32, 40, 64])
-def test_table_matches_float64(isa, rng, freqs):
+def test_table_matches_float64(backend, rng, freqs):
     positions = torch.randint(-40, 40000, (3, 300), generator=rng, dtype=torch.int32)
     positions[:, 0], positions[:, 1], positions[:, 2] = 0, 2**31 - 1, -(2**31)
     inv_freq = ops.inv_freq(600000.0, 2 * freqs)
@@ -122,7 +122,7 @@ def run_append(op, case):
     [(1, 16, 4, 128, 64, 16), (37, 4, 2, 128, 32, 32), (9, 3, 1, 10, 3, 5), (64, 2, 2, 16, 8, 64)],
 )
 def test_append_matches_composition(
-    isa, rng, tokens, heads, kv_heads, dim, freqs, page, dtype, page_dtype, with_norm
+    backend, rng, tokens, heads, kv_heads, dim, freqs, page, dtype, page_dtype, with_norm
 ):
     case = append_case(rng, dtype, page_dtype, tokens, heads, kv_heads, dim, freqs, page, with_norm)
     q, cache = run_append(ops.rope_append, case)
@@ -136,7 +136,7 @@ def test_append_matches_composition(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_append_of_a_token_does_not_depend_on_the_others(isa, rng, dtype):
+def test_append_of_a_token_does_not_depend_on_the_others(backend, rng, dtype):
     qkv, cos, sin, cache, slots, *rest = append_case(rng, dtype, dtype, 70, 4, 2, 32, 12, 16, True)
     q, whole = run_append(ops.rope_append, (qkv, cos, sin, cache, slots, *rest))
     for n in range(70):
@@ -146,21 +146,40 @@ def test_append_of_a_token_does_not_depend_on_the_others(isa, rng, dtype):
     assert torch.equal(cache.nan_to_num(), whole.nan_to_num())
 
 
-@pytest.mark.parametrize("slot", [-1, 32, 2**62, -(2**62)])
-def test_bad_slots_write_nothing(isa, rng, slot):
+@pytest.mark.parametrize("slot", [-2, 32, 2**31 - 1, 2**62, -(2**62)])
+def test_bad_slots_write_nothing(backend, rng, slot):
     qkv, cos, sin, cache, slots, *rest = append_case(
         rng, torch.float32, torch.float32, 2, 2, 1, 8, 4, 16, False
     )
     cache = cache[:, :2].contiguous()
-    slots[:] = torch.tensor([0, slot])
-    with pytest.raises(ValueError, match=f"rope_append: slots: expected values from 0 to 31, got {slot}"):
+    if backend in ("emu", "cuda"):
+        slots[:] = torch.tensor([slot, -1])
         ops.rope_append(qkv, cos, sin, cache[0], cache[1], slots, *rest)
+        with pytest.raises(ValueError, match="slots: expected slots inside the cache, or -1"):
+            ops.check_device()
+    else:
+        slots[:] = torch.tensor([0, slot])
+        message = f"rope_append: slots: expected values from 0 to 31 or -1, got {slot}"
+        with pytest.raises(ValueError, match=message):
+            ops.rope_append(qkv, cos, sin, cache[0], cache[1], slots, *rest)
     assert cache.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_slot_minus_one_writes_q_only(backend, rng, dtype):
+    case = append_case(rng, dtype, dtype, 5, 4, 2, 32, 16, 4, True)
+    q, full = run_append(ops.rope_append, case)
+    case[4][[1, 3]] = -1
+    padded_q, cache = run_append(ops.rope_append, case)
+    _, expected = run_append(ops.rope_append_torch, case)
+    assert torch.equal(padded_q, q)
+    assert torch.equal(cache.isnan(), expected.isnan())
+    assert torch.equal(cache[~cache.isnan()], full[~cache.isnan()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "dim", "freqs"), [(16, 80, 40), (2, 16, 8), (3, 10, 3)])
-def test_qk_in_place_matches_composition(isa, rng, dtype, heads, dim, freqs):
+def test_qk_in_place_matches_composition(backend, rng, dtype, heads, dim, freqs):
     qkv = torch.randn(50, 3 * heads * dim, generator=rng).to(dtype)
     cos, sin = tables(rng, 50, freqs)
     expected = ops.rope_qk_torch_(qkv.clone(), cos, sin, heads)

@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-#include "common/cpu_dispatch.h"
 #include "common/dtype.h"
+#include "common/op.h"
 
 namespace ming {
 
@@ -43,6 +43,6 @@ struct PatchifyParams {
 
 MING_CPU_OP(resize_u8, ResizeParams)
 MING_CPU_OP(resize_frames, ResizeParams)
-MING_CPU_OP(patchify, PatchifyParams)
+MING_OP(patchify, PatchifyParams)
 
 }  // namespace ming

@@ -9,13 +9,16 @@
 //   rope_append:  qkv rows hold the heads q (Hq), k (Hkv), v (Hkv). Optional per-head norm of q and k first:
 //                 y = round(round(z / sqrt(mean(z^2) + eps)) * weight). Rotated q goes to `q`, rotated k and
 //                 plain v to page slot / page, offset slot % page of the caches, in the caches' dtype.
+//                 Slot -1 (padding rows): only q is written.
 //   rope_qk:      rotates the first 2H of the 3H heads of each row in place.
+//
+// On a device an axis above 2 counts as 2, and a slot outside the pages is reported and counts as -1.
 #pragma once
 
 #include <cstdint>
 
-#include "common/cpu_dispatch.h"
 #include "common/dtype.h"
+#include "common/op.h"
 
 namespace ming {
 
@@ -33,13 +36,13 @@ struct RopeAppendParams {
   const void* qkv;       // [N, (Hq + 2 Hkv) * D], row stride qkv_stride
   const float* cos;      // [N, F]
   const float* sin;      // [N, F]
-  void* k_pages;         // [P, Hkv, page, D] dense
+  void* k_pages;         // [P, Hkv, page, D] dense, P * page < 2^31
   void* v_pages;         // [P, Hkv, page, D] dense
-  const int64_t* slots;  // [N], each in [0, P * page), no two alike
+  const int64_t* slots;  // [N], each in [0, P * page) and no two alike, or -1
   const void* q_norm;    // [D] of dtype, or nullptr; given exactly when k_norm is
   const void* k_norm;    // [D] of dtype, or nullptr
   void* q;               // [N, Hq, D] dense
-  int64_t tokens, freqs, heads, kv_heads, head_dim, page_size, qkv_stride;
+  int64_t tokens, freqs, heads, kv_heads, head_dim, page_size, pages, qkv_stride;
   float eps;
   DType dtype, page_dtype;  // of qkv, q, norms / of the pages; float32 or bfloat16
 };
@@ -52,8 +55,8 @@ struct RopeQkParams {
   DType dtype;
 };
 
-MING_CPU_OP(rope_table, RopeTableParams)
-MING_CPU_OP(rope_append, RopeAppendParams)
-MING_CPU_OP(rope_qk, RopeQkParams)
+MING_OP(rope_table, RopeTableParams)
+MING_OP(rope_append, RopeAppendParams)
+MING_OP(rope_qk, RopeQkParams)
 
 }  // namespace ming

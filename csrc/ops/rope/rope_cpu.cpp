@@ -103,11 +103,12 @@ void append_token(const RopeAppendParams& p, int64_t n, T* normed) {
   const T* x = static_cast<const T*>(p.qkv) + n * p.qkv_stride;
   const float *cos = p.cos + n * p.freqs, *sin = p.sin + n * p.freqs;
   T* q = static_cast<T*>(p.q) + n * p.heads * d;
-  const int64_t page = p.slots[n] / p.page_size, offset = p.slots[n] % p.page_size;
+  const bool writes = p.slots[n] >= 0;
+  const int64_t slot = writes ? p.slots[n] : 0, page = slot / p.page_size, offset = slot % p.page_size;
   const int64_t first = (page * p.kv_heads * p.page_size + offset) * d;
   Page* k = static_cast<Page*>(p.k_pages) + first;
   Page* v = static_cast<Page*>(p.v_pages) + first;
-  for (int64_t h = 0; h < p.heads + p.kv_heads; ++h, x += d) {
+  for (int64_t h = 0; h < p.heads + (writes ? p.kv_heads : 0); ++h, x += d) {
     const T* from = x;
     if (p.q_norm) {
       head_norm(x, static_cast<const T*>(h < p.heads ? p.q_norm : p.k_norm), p.eps, d, normed);
@@ -118,7 +119,7 @@ void append_token(const RopeAppendParams& p, int64_t n, T* normed) {
     else
       rotate(from, cos, sin, p.freqs, d, k + (h - p.heads) * p.page_size * d);
   }
-  for (int64_t h = 0; h < p.kv_heads; ++h, x += d)
+  for (int64_t h = 0; h < (writes ? p.kv_heads : 0); ++h, x += d)
     for (int64_t i = 0; i < d; i += VF) {
       const int w = lanes(d - i);
       vstore_n(v + h * p.page_size * d + i, vload_n(x + i, w), w);
