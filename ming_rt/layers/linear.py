@@ -66,7 +66,8 @@ class RowParallelLinear:
         share(name, inputs, src.world)
         shard = (1, src.rank, src.world)
         self.comm = comm
-        self.weight = ops.pack_weight(src.tensor(f"{name}.weight", (outputs, inputs), shard=shard), src.dtype)
+        weight = src.tensor(f"{name}.weight", (outputs, inputs), shard=shard)
+        self.weight = ops.pack_weight(weight, src.dtype, quant=src.quant)
         whole_bias = src.tensor(f"{name}.bias", (outputs,), src.dtype) if bias else None
         self.bias = whole_bias if src.rank == 0 else None  # added once, not once per rank
 
@@ -104,7 +105,8 @@ class QKVLinear:
             return torch.cat([g.chunk(src.world)[src.rank] for g in whole.split(groups)])
 
         # Read whole: a mapped view costs nothing, and three row ranges are taken from it.
-        self.weight = ops.pack_weight(mine(src.tensor(f"{name}.weight", (outputs, inputs))), src.dtype)
+        weight = mine(src.tensor(f"{name}.weight", (outputs, inputs)))
+        self.weight = ops.pack_weight(weight, src.dtype, quant=src.quant)
         self.bias = mine(src.tensor(f"{name}.bias", (outputs,), src.dtype)) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

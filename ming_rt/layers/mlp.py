@@ -20,7 +20,7 @@ class GatedMLP:
         shard = (0, src.rank, src.world)
         gate = src.tensor(f"{name}.gate_proj.weight", (width, hidden), shard=shard)
         up = src.tensor(f"{name}.up_proj.weight", (width, hidden), shard=shard)
-        self.gate_up = ops.pack_gate_up(gate, up, src.dtype)
+        self.gate_up = ops.pack_gate_up(gate, up, src.dtype, quant=src.quant)
         self.bias = None
         if bias:
             halves = (f"{name}.gate_proj.bias", f"{name}.up_proj.bias")

@@ -34,7 +34,7 @@ class MoE:
         )
         split = share(f"{name}.experts width", width, src.world)
         rows, columns = (0, src.rank, src.world), (1, src.rank, src.world)
-        self.experts = ops.pack_experts(count, hidden, split, src.dtype)
+        self.experts = ops.pack_experts(count, hidden, split, src.dtype, quant=src.quant)
         for index in range(count):
             expert = f"{name}.experts.{index}"
             self.experts.set(

@@ -27,6 +27,7 @@ from ming_rt.inputs.limits import DEFAULT_LIMITS, Limits
 from ming_rt.inputs.processor import Processor, Prompt
 from ming_rt.inputs.tokenizer import Tokenizer
 from ming_rt.models.omni import Omni
+from ming_rt.ops.packed import Quant
 from ming_rt.pipelines.asr import Context, asr_request, transcript
 from ming_rt.pipelines.events import Done, Transcript
 from ming_rt.runtime import weights
@@ -41,7 +42,6 @@ from ming_rt.runtime.progress import ProgressBar
 from ming_rt.runtime.request import SamplingParams
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Quant = Literal["int8", "int4"]
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 QUANTS = get_args(Quant)
@@ -176,7 +176,9 @@ class Session:
             )
             if place.kind != "cuda":
                 options = _with_pages(options, thinker, compute, kv_bytes, max_model_len)
-            self._engine = Engine(model, tokenizer, tokenizer.stop_ids(config.generation), compute, options)
+            self._engine = Engine(
+                model, tokenizer, tokenizer.stop_ids(config.generation), compute, options, place
+            )
         except BaseException:
             release()
             raise

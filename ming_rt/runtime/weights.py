@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ming_rt.errors import CapacityError, WeightsError
+from ming_rt.ops.packed import Quant, packed_memory
 from ming_rt.runtime.checkpoint import FLOAT_DTYPES, THINKER_PREFIXES, Checkpoint, TensorInfo
 from ming_rt.runtime.device import CPU, Device
 from ming_rt.runtime.memory import available_memory
@@ -59,7 +60,7 @@ class WeightSource(Protocol):
     rank: int
     world: int
     device: torch.device
-    quant: str | None
+    quant: Quant | None
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds this tensor (for those that are optional)."""
@@ -99,15 +100,6 @@ def take_shard(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
     return tensor.narrow(dim, rank * size, size)
 
 
-def rows_nbytes(n: int, k: int, dtype: torch.dtype, quant: str | None = None) -> int:
-    """Bytes of an [n, k] weight in the row layout (csrc/ops/gemm/gemm.h), padding and scales included."""
-    if quant is None:
-        unit = 16 // dtype.itemsize
-        return n * (-(-k // unit) * unit) * dtype.itemsize
-    groups = -(-k // 64)
-    return n * groups * (2 + (64 if quant == "int8" else 32))
-
-
 class PlanSource:
     """Meta tensors; remembers what was asked for.
 
@@ -125,7 +117,7 @@ class PlanSource:
         rank: int = 0,
         world: int = 1,
         *,
-        quant: str | None = None,
+        quant: Quant | None = None,
         rows: bool = False,
     ) -> None:
         self.dtype, self.rank, self.world = dtype, rank, world
@@ -158,7 +150,8 @@ class PlanSource:
         """Bytes of a tensor as the model keeps it; one asked for without a dtype gets packed."""
         if dtype is None and self.rows:
             quant = self.quant if name.startswith("model.") else None  # the encoders stay as they are
-            return rows_nbytes(shape[0], math.prod(shape[1:]), self.dtype, quant)
+            packed = packed_memory(shape[0], math.prod(shape[1:]), self.dtype, False, "rows", quant, META)
+            return sum(part.nbytes for part in packed if part is not None)
         return math.prod(shape) * (dtype or self.dtype).itemsize
 
     def problems(self) -> list[str]:
@@ -210,7 +203,7 @@ class CheckpointSource:
         total_bytes: int | None = None,
         *,
         device: torch.device = CPU,
-        quant: str | None = None,
+        quant: Quant | None = None,
         upload: Uploader | None = None,
     ) -> None:
         self.dtype, self.rank, self.world = dtype, rank, world
@@ -258,6 +251,7 @@ class CheckpointSource:
         """
         self.checkpoint.drop_pages()
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the model may be used on any stream
             torch.cuda.empty_cache()
 
     def _copy(self, info: TensorInfo, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -303,7 +297,7 @@ class RandomSource:
         world: int = 1,
         *,
         device: torch.device = CPU,
-        quant: str | None = None,
+        quant: Quant | None = None,
     ) -> None:
         self.dtype, self.rank, self.world = dtype, rank, world
         self.device, self.quant = device, quant
@@ -371,7 +365,7 @@ def plan(
     dtype: torch.dtype,
     *,
     device: Device | None = None,
-    quant: str | None = None,
+    quant: Quant | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> PlanSource:
@@ -393,7 +387,7 @@ def load(
     dtype: torch.dtype,
     *,
     device: Device | None = None,
-    quant: str | None = None,
+    quant: Quant | None = None,
     rank: int = 0,
     world: int = 1,
     progress: Progress | None = None,

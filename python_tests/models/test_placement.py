@@ -38,6 +38,7 @@ def route(x, routers, modality, *, top_k, **rest):
 
 
 SHAPES = {
+    "embed": lambda ids, table, rows, feats: like(table, len(ids), table.shape[1]),
     "linear": lambda x, w, bias=None, *, act=None, residual=None, out_dtype=None: like(
         x, len(x), w.n, dtype=out_dtype
     ),

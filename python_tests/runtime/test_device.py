@@ -16,6 +16,7 @@ from ming_rt.config import GENERATIONS, OmniConfig
 from ming_rt.demo import config_dict, preprocessor_dict
 from ming_rt.errors import InvalidRequestError, UnsupportedError
 from ming_rt.models.omni import Omni
+from ming_rt.models.thinker import Thinker
 from ming_rt.runtime.device import Device, available, cuda_reason, resolve
 from ming_rt.runtime.upload import Uploader
 from ming_rt.runtime.weights import PlanSource
@@ -309,3 +310,26 @@ def test_everything_a_model_keeps_is_on_the_sources_device(generation):
     assert len(kept) > 50
     assert [path for path, tensor in kept.items() if not tensor.is_meta] == []
     assert model.device == torch.device("meta")
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_plan_counts_what_a_quantised_thinker_keeps(generation, quant):
+    config = OmniConfig.from_dict(config_dict(generation), preprocessor_dict(generation))
+    plan = PlanSource(quant=quant, rows=True)
+    thinker = Thinker(config.thinker, plan)
+    kept = {path: t for path, t in tensors_of(thinker) if ".routers" not in path and ".rope" not in path}
+    routers = [s for name, s in plan.shapes.items() if name.endswith(("gate.weight", "gate.expert_bias"))]
+    assert routers
+    assert sum(t.nbytes for t in kept.values()) == plan.nbytes - sum(
+        4 * torch.Size(s).numel() for s in routers
+    )
+    small = [t for t in kept.values() if t.dtype == torch.uint8]
+    assert sum(t.nbytes for t in small) > plan.nbytes // 2, "all large weights but the embedding"
+
+
+def test_encoders_are_not_quantised():
+    config = OmniConfig.from_dict(config_dict("v1"), preprocessor_dict("v1"))
+    model = Omni(config, PlanSource(quant="int4"))
+    for part in (model.vision, *model.audio.values()):
+        assert not [path for path, t in tensors_of(part) if t.dtype == torch.uint8 and "axis" not in path]
