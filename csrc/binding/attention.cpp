@@ -9,14 +9,21 @@ namespace {
 
 // Row offsets of the sequences: 0 first, never falling, the number of rows last.
 void check_offsets(const Call& call, const char* name, const TensorView& cu, int64_t rows) {
-  const int32_t* at = cu.ptr<int32_t>();
   const int64_t n = cu.shape[0];
-  call.expect(n >= 1 && at[0] == 0 && at[n - 1] == rows,
-              std::string(name) + ": expected offsets from 0 to " + std::to_string(rows));
+  const std::string expected = std::string(name) + ": expected offsets from 0 to " + std::to_string(rows);
+  call.expect(n > 1 || (n == 1 && rows == 0), expected);
+  if (!kReadsValues) return;
+  const int32_t* at = cu.ptr<int32_t>();
+  call.expect(at[0] == 0 && at[n - 1] == rows, expected);
   for (int64_t i = 1; i < n; ++i)
     if (at[i] < at[i - 1])
       call.fail(std::string(name) + ": expected rising offsets, got a smaller one after " +
                 std::to_string(at[i - 1]));
+}
+
+// The CPU form takes none.
+int64_t workspace_bytes(int64_t rows, int64_t batch, int64_t heads, int64_t head_dim, int64_t max_keys) {
+  return kReadsValues ? 0 : attention_workspace_bytes(rows, batch, heads, head_dim, max_keys);
 }
 
 AttentionParams heads_params(const Call& call, const TensorView& q, const TensorView& out, float scale) {
@@ -33,6 +40,7 @@ AttentionParams heads_params(const Call& call, const TensorView& q, const Tensor
   p.q_head_stride = q.stride[1];
   p.out_token_stride = out.stride[0];
   p.out_head_stride = out.stride[1];
+  p.rows = q.shape[0];
   p.num_heads = int32_t(heads);
   p.num_kv_heads = int32_t(kv_heads);
   p.head_dim = int32_t(call.dim("D"));
@@ -59,12 +67,11 @@ void attention_varlen(py::object q_, py::object k_, py::object v_, py::object cu
   p.v_token_stride = v.stride[0];
   p.v_head_stride = v.stride[1];
   p.batch = int32_t(cu.shape[0] - 1);
-  py::gil_scoped_release release;
-  cpu::attention(p);
+  call.run(MING_KERNEL(attention), p);
 }
 
 void attention_paged(py::object q_, py::object k_, py::object v_, py::object table_, py::object cu_,
-                     py::object lens_, float scale, py::object out_) {
+                     py::object lens_, float scale, py::object out_, py::object workspace_) {
   Call call("attention_paged");
   TensorView q = call.tensor("q", q_, {DType::f32, DType::bf16}, {"N", "Hq", "D"});
   TensorView k = call.tensor("k_pages", k_, {q.dtype}, {"P", "Hkv", "page", "D"});
@@ -74,10 +81,11 @@ void attention_paged(py::object q_, py::object k_, py::object v_, py::object tab
   TensorView table = call.tensor("page_table", table_, {DType::i32}, {"B", "maxp"});
   TensorView lens = call.tensor("kv_lens", lens_, {DType::i32}, {"B"});
   TensorView out = call.tensor("out", out_, {q.dtype}, {"N", "Hq", "D"});
+  TensorView workspace = call.optional("workspace", workspace_, {DType::u8}, {"bytes"});
   AttentionParams p = heads_params(call, q, out, scale);
   check_offsets(call, "cu_seqlens_q", cu, q.shape[0]);
   const int64_t batch = call.dim("B"), pages = call.dim("P"), page = call.dim("page");
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; kReadsValues && b < batch; ++b) {
     const int64_t q_len = cu.ptr<int32_t>()[b + 1] - cu.ptr<int32_t>()[b], kv_len = lens.ptr<int32_t>()[b];
     if (kv_len < q_len || kv_len > table.shape[1] * page)
       call.fail("kv_lens: expected " + std::to_string(q_len) + " (the queries) to " +
@@ -89,6 +97,10 @@ void attention_paged(py::object q_, py::object k_, py::object v_, py::object tab
         call.fail("page_table: expected pages from 0 to " + std::to_string(pages - 1) + " for sequence " +
                   std::to_string(b) + ", got " + std::to_string(row[i]));
   }
+  const int64_t bytes = workspace_bytes(q.shape[0], batch, q.shape[1], q.shape[2], table.shape[1] * page);
+  call.expect(workspace.shape[0] >= bytes, "workspace: expected " + std::to_string(bytes) + " bytes, got " +
+                                               std::to_string(workspace.shape[0]));
+  p.workspace = workspace.data;
   p.k = k.data;
   p.v = v.data;
   p.cu_q = cu.ptr<int32_t>();
@@ -96,6 +108,8 @@ void attention_paged(py::object q_, py::object k_, py::object v_, py::object tab
   p.page_table = table.ptr<int32_t>();
   p.page_table_stride = table.stride[0];
   p.page_size = page;
+  p.pages = pages;
+  p.max_pages = table.shape[1];
   p.k_page_stride = k.stride[0];
   p.k_head_stride = k.stride[1];
   p.k_token_stride = k.stride[2];
@@ -104,8 +118,7 @@ void attention_paged(py::object q_, py::object k_, py::object v_, py::object tab
   p.v_token_stride = v.stride[2];
   p.batch = int32_t(batch);
   if (q.shape[0] == 0) return;  // an empty table has no address, which would mean "not paged"
-  py::gil_scoped_release release;
-  cpu::attention(p);
+  call.run(MING_KERNEL(attention), p);
 }
 
 }  // namespace
@@ -113,6 +126,7 @@ void attention_paged(py::object q_, py::object k_, py::object v_, py::object tab
 void register_attention(py::module_& m) {
   m.def("attention_varlen", &attention_varlen);
   m.def("attention_paged", &attention_paged);
+  m.def("attention_workspace_bytes", &workspace_bytes);
 }
 
 }  // namespace ming::binding

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ming_rt.ops._native import cpu
+from ming_rt.ops._native import kernels
 
 
 def attention_varlen(
@@ -29,8 +29,8 @@ def attention_varlen(
     Raises:
         ValueError: wrong dtype, shape or offsets.
     """
-    out = torch.empty(q.shape, dtype=q.dtype)
-    cpu.attention_varlen(q, k, v, cu_seqlens, _scale(q, scale), out)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kernels(q).attention_varlen(q, k, v, cu_seqlens, _scale(q, scale), out)
     return out
 
 
@@ -38,7 +38,7 @@ def attention_varlen_torch(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None
 ) -> Tensor:
     """``attention_varlen`` as a plain torch composition."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for begin, end in pairwise(cu_seqlens.tolist()):
         parts = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
         y = scaled_dot_product_attention(*parts, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -73,8 +73,15 @@ def attention_paged(
     Raises:
         ValueError: wrong dtype, shape or offsets, a length the table cannot hold, a page outside [0, P).
     """
-    out = torch.empty(q.shape, dtype=q.dtype)
-    cpu.attention_paged(q, k_pages, v_pages, page_table, cu_seqlens_q, kv_lens, _scale(q, scale), out)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    native, max_keys = kernels(q), page_table.shape[-1] * k_pages.shape[-2]
+    nbytes = native.attention_workspace_bytes(
+        q.shape[0], kv_lens.numel(), q.shape[-2], q.shape[-1], max_keys
+    )
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=q.device) if nbytes else None
+    native.attention_paged(
+        q, k_pages, v_pages, page_table, cu_seqlens_q, kv_lens, _scale(q, scale), out, workspace
+    )
     return out
 
 
@@ -88,7 +95,7 @@ def attention_paged_torch(
     scale: float | None = None,
 ) -> Tensor:
     """``attention_paged`` as a plain torch composition."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     bounds, page_size = cu_seqlens_q.tolist(), k_pages.shape[2]
     for b, kv_len in enumerate(kv_lens.tolist()):
         begin, end = bounds[b], bounds[b + 1]

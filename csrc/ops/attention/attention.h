@@ -13,12 +13,23 @@
 // summed in an order that depends on key positions only, so a query row has the same bits alone, batched,
 // chunked or decoded, whatever the page size and the thread count. Memory of keys at or beyond kv_len is
 // never used.
+//
+// CUDA forms. bfloat16 with a head_dim of 64, 80 or 128 and 16-byte aligned rows runs on tensor cores: fp32
+// scores, softmax and sums, softmax weights rounded to bfloat16 for the product with v. Everything else runs
+// in fp32 FMA without that rounding. Paged sequences go one of two ways:
+//   - up to kFewQueries queries (all sequences, if there are as many as query rows): keys are split at
+//     multiples of attention_split_keys(kv_len), each split is one block, splits are merged in order;
+//   - more queries: tiles of rows, keys in order from 0.
+// Both follow from the sequence alone, and so do the bits of its rows: they do not depend on other sequences,
+// the page size or the device's size. Rows that go by tiles have the same bits chunked or whole. Nothing is
+// read on the host: a wrong offset, length or page is reported (common/device_status.h); a sequence with a
+// wrong length, or with kv_len 0, gives zeros, a wrong page counts as keys and values of zero.
 #pragma once
 
 #include <cstdint>
 
-#include "common/cpu_dispatch.h"
 #include "common/dtype.h"
+#include "common/op.h"
 
 namespace ming {
 
@@ -31,14 +42,48 @@ struct AttentionParams {
   const int32_t* kv_lens;     // [B], paged only
   const int32_t* page_table;  // [B, maxp], paged only, nullptr means varlen
   int64_t page_table_stride, page_size;
+  int64_t rows, pages, max_pages;  // N; P and maxp, paged only
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   int64_t k_page_stride, k_head_stride, k_token_stride;  // page stride: paged only
   int64_t v_page_stride, v_head_stride, v_token_stride;
   int32_t batch, num_heads, num_kv_heads, head_dim;
-  float scale;  // > 0
-  DType dtype;  // of q, k, v and out
+  float scale;      // > 0
+  DType dtype;      // of q, k, v and out
+  void* workspace;  // CUDA, paged: attention_workspace_bytes, 16-byte aligned; CPU: unused
 };
 
-MING_CPU_OP(attention, AttentionParams)
+constexpr int kFewQueries = 8;    // of a paged sequence whose keys are split
+constexpr int kMaxSplits = 32;    // of a sequence
+constexpr int kSplitUnit = 64;    // splits are multiples of it ...
+constexpr int kLeastSplit = 128;  // ... from this on
+
+// Keys of each split of a sequence with kv_len keys (the last one may have fewer).
+MING_BOTH int64_t attention_split_keys(int64_t kv_len) {
+  const int64_t unit = int64_t(kSplitUnit) * kMaxSplits;
+  const int64_t keys = (kv_len + unit - 1) / unit * kSplitUnit;
+  return keys < kLeastSplit ? kLeastSplit : keys;
+}
+
+// Most splits that any sequence of up to `max_keys` keys has.
+MING_BOTH int64_t attention_max_splits(int64_t max_keys) {
+  const int64_t splits = (max_keys + kLeastSplit - 1) / kLeastSplit;
+  return splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits;
+}
+
+// Rows that the split partials of a call have room for.
+MING_BOTH int64_t attention_split_rows(int64_t rows, int64_t batch) {
+  return rows < kFewQueries * batch ? rows : kFewQueries * batch;
+}
+
+// For `rows` query rows of `batch` sequences that may hold up to `max_keys` (maxp * page) keys: maximum, sum
+// and output (head_dim rounded up to 4) of each row, head and split.
+MING_BOTH int64_t attention_workspace_bytes(int64_t rows, int64_t batch, int64_t heads, int64_t head_dim,
+                                            int64_t max_keys) {
+  const int64_t splits = attention_max_splits(max_keys);
+  if (splits == 1) return 0;
+  return attention_split_rows(rows, batch) * heads * splits * ((head_dim + 3) / 4 * 4 + 2) * 4;
+}
+
+MING_OP(attention, AttentionParams)
 
 }  // namespace ming
