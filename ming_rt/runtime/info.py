@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ming_rt.config import Generation, OmniConfig, ThinkerConfig
 from ming_rt.errors import MingError
 from ming_rt.models.omni import Omni
+from ming_rt.ops.packed import Quant
 from ming_rt.runtime.checkpoint import Checkpoint
 from ming_rt.runtime.device import Device, available, cuda_reason
 from ming_rt.runtime.kv_cache import KVCache
@@ -53,7 +54,7 @@ class CheckpointInfo:
 
     ``parameters_total`` are those of the parts in use, ``parameters_active`` those of the thinker that one
     text token meets (embedding table included). ``weight_bytes`` and ``kv_bytes_per_token`` are by compute
-    dtype.
+    dtype, ``quantised_bytes`` are the weights on a GPU by ``quant``, computed with in bfloat16.
     ``problems`` would stop a load, ``notes`` would not.
     """
 
@@ -66,6 +67,7 @@ class CheckpointInfo:
     disk_bytes: int
     kv_bytes_per_token: dict[str, int]
     weight_bytes: dict[str, int]
+    quantised_bytes: dict[str, int]
     max_positions: int
     ignored_keys: tuple[str, ...]
     problems: tuple[str, ...]
@@ -91,6 +93,8 @@ class CheckpointInfo:
                 f"{name:<9} weights {_size(weights):>9}, KV cache {kv} B per token "
                 f"({_size(kv * self.max_positions)} for {self.max_positions})"
             )
+        for name, weights in self.quantised_bytes.items():
+            needs.append(f"{name:<9} weights {_size(weights):>9} on a GPU, KV cache as with bfloat16")
         lines += _listed("memory", needs)
         for label, items in (("ignored keys", self.ignored_keys), ("notes", self.notes)):
             lines += _listed(label, items) if items else []
@@ -143,8 +147,11 @@ def checkpoint_info(directory: str | Path) -> CheckpointInfo:
     except MingError as error:
         problems.append(str(error))
     plans = {name: PlanSource(checkpoint, dtype) for name, dtype in DTYPES.items()}
+    quantised = {
+        quant: PlanSource(checkpoint, torch.bfloat16, quant=quant, rows=True) for quant in get_args(Quant)
+    }
     try:
-        for plan in plans.values():
+        for plan in (*plans.values(), *quantised.values()):
             Omni(config, plan)
     except MingError as error:
         problems.append(str(error))
@@ -162,6 +169,7 @@ def checkpoint_info(directory: str | Path) -> CheckpointInfo:
         disk_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
         kv_bytes_per_token={name: KVCache.bytes_per_token(*cache, dtype) for name, dtype in DTYPES.items()},
         weight_bytes={name: plan.nbytes for name, plan in plans.items()},
+        quantised_bytes={name: plan.nbytes for name, plan in quantised.items()},
         max_positions=thinker.rope.max_position_embeddings,
         ignored_keys=config.ignored_keys,
         problems=tuple(problems),

@@ -62,6 +62,8 @@ def test_demo_checkpoint(tmp_path, generation):
     assert info.disk_bytes == sum(path.stat().st_size for path in directory.iterdir())
     assert info.kv_bytes_per_token == {"float32": 2 * 3 * 2 * 128 * 4, "bfloat16": 2 * 3 * 2 * 128 * 2}
     assert info.weight_bytes["float32"] == 4 * info.parameters_total
+    half = info.weight_bytes["bfloat16"]
+    assert 0 < info.quantised_bytes["int4"] < info.quantised_bytes["int8"] < half
     text = info.render()
     for part in info.parts:
         assert part.used
