@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -75,7 +76,12 @@ def query_gpu(run: Callable[..., subprocess.CompletedProcess] = subprocess.run) 
 
 
 def commit(folder: Path, run: Callable[..., subprocess.CompletedProcess] = subprocess.run) -> str:
-    """The git commit ``folder`` is at, "+" behind it where files differ; "unknown" outside a checkout."""
+    """The git commit ``folder`` is at, "+" behind it where files differ; ``MING_RT_COMMIT`` says otherwise.
+
+    "unknown" outside a checkout.
+    """
+    if given := os.environ.get("MING_RT_COMMIT"):
+        return given
     try:
         asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
         head, changes = (

@@ -1,4 +1,4 @@
-"""The bench of a GPU without one: a clock that counts costs, a report of made-up rows, the engine on the CPU."""
+"""The bench of a GPU without one: a clock that counts costs, made-up rows, the engine on the CPU."""
 
 from __future__ import annotations
 
@@ -205,9 +205,13 @@ def test_progress_goes_on_after_a_failure_and_stops_at_the_budget(tmp_path, caps
     assert "x1.20 of triton" in capsys.readouterr().err
 
 
-def test_environment_of_a_machine_with_and_without_the_tools(tmp_path):
+def test_environment_of_a_machine_with_and_without_the_tools(tmp_path, monkeypatch):
+    monkeypatch.delenv("MING_RT_COMMIT", raising=False)
+
     def answers(command, **_):
-        return SimpleNamespace(stdout="NVIDIA H200, 580.1, 345 MHz\n" if command[0] == "nvidia-smi" else "abc\n")
+        return SimpleNamespace(
+            stdout="NVIDIA H200, 580.1, 345 MHz\n" if command[0] == "nvidia-smi" else "abc\n"
+        )
 
     def missing(command, **_):
         raise FileNotFoundError(command[0])
@@ -220,6 +224,8 @@ def test_environment_of_a_machine_with_and_without_the_tools(tmp_path):
     assert gpu_run.query_gpu(missing) == {"nvidia-smi": "nvidia-smi"}
     assert gpu_run.commit(tmp_path, answers) == "abc+"
     assert gpu_run.commit(tmp_path, fails) == "unknown"
+    monkeypatch.setenv("MING_RT_COMMIT", "def")
+    assert gpu_run.commit(tmp_path, fails) == "def"
     assert gpu_run.version("no-such-package") is None
 
 
