@@ -18,6 +18,7 @@ from ..timing import Case, on_gpu
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 GPU_ROWS = (*ROWS, 4096)
+QUANTS = ("int8", "int4")
 ROTATION = 128 << 20  # bytes of weights a rotation covers
 GPU_ROTATION = 320 << 20
 
@@ -34,16 +35,16 @@ def rotation(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> 
 
 
 def linear_case(tag: str, x: Tensor, plain: list[Tensor], packed: list[ops.PackedWeight]) -> Case:
-    """One product of x with each weight in turn."""
+    """One product of x with each weight in turn; torch's weights are never quantised."""
     (n, k), m, size = plain[0].shape, x.shape[0], x.element_size()
     ours, torchs = itertools.cycle(packed), itertools.cycle(plain)
     return Case(
-        "linear",
+        "linear" if packed[0].quant is None else f"linear {packed[0].quant}",
         f"{tag}:{m}x{n}x{k}",
         NAMES[x.dtype],
         lambda: ops.linear(x, next(ours)),
         lambda: ops.linear_torch(x, next(torchs)),
-        bytes=(n * k + m * (n + k)) * size,
+        bytes=packed[0].nbytes + m * (n + k) * size,
         flops=2 * m * n * k,
     )
 
@@ -66,12 +67,13 @@ def swiglu_case(tag: str, x: Tensor, plain: list[Tensor], packed: list[ops.Packe
 def pack_case(w: Tensor, dtype: torch.dtype) -> Case:
     """Packing one weight into fresh memory."""
     n, k = w.shape
+    layout = ops.pack_weight(w, dtype).layout
     return Case(
         "pack_weight",
         f"{n}x{k} from {str(w.dtype).removeprefix('torch.')}",
         NAMES[dtype],
         lambda: ops.pack_weight(w, dtype),
-        lambda: ops.pack_weight_torch(w, dtype),
+        lambda: ops.pack_weight_torch(w, dtype, layout),
         bytes=n * k * (w.element_size() + dtype.itemsize),
     )
 
@@ -95,6 +97,10 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
             packed = [ops.pack_weight(w, dtype) for w in plain]
             for m in rows:
                 yield linear_case(tag, normal(m, k).to(dtype), plain, packed)
+            for quant in QUANTS if on_gpu(generator) and dtype == bf16 else ():
+                packed = [ops.pack_weight(w, dtype, quant=quant) for w in plain]
+                for m in (1, 8):
+                    yield linear_case(tag, normal(m, k).to(dtype), plain, packed)
     plain = rotation(2 * 2816, 2048, bf16, generator)
     packed = [ops.pack_gate_up(w[:2816], w[2816:], bf16) for w in plain]
     for m in all_rows:

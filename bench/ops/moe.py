@@ -39,6 +39,7 @@ FLASH = Model("flash", 4096, 1024, 64, 8, 256, SIGMOID)
 ROWS = {"lite": (1, 2, 4, 8, 16, 32, 64, 512), "flash": (1, 16, 512)}
 GPU_ROWS = {"lite": (*ROWS["lite"], 4096), "flash": (1, 2, 4, 8, 16, 32, 64, 512, 4096)}
 LOADS = ("even", "hot", "same")
+QUANTS = ("int8", "int4")
 
 
 class Plain:
@@ -119,25 +120,27 @@ def grouped_cases(
     h = torch.randn(slots, model.width, generator=generator, device=device).bfloat16()
     expert = model.hidden * model.width
     shape = f"{model.name}:{tokens} top{model.top_k}/{model.experts} {load}"
+    suffix = "" if packed.quant is None else f" {packed.quant}"
+    each = {"gate_up": packed.gate_up.nbytes / model.experts, "down": packed.down.nbytes / model.experts}
     yield Case(
-        "grouped_gemm_swiglu",
+        f"grouped_gemm_swiglu{suffix}",
         shape,
         "bf16",
         lambda: ops.grouped_gemm_swiglu(x, rows, offsets, model.top_k, packed),
         lambda: ops.grouped_gemm_swiglu_torch(x, rows, offsets, model.top_k, plain.pairs),
-        bytes=2 * (2 * active * expert + x.numel() + h.numel()),
+        bytes=int(active * each["gate_up"]) + 2 * (x.numel() + h.numel()),
         flops=4 * slots * expert,
         peers=peers.grouped_peers(
             lambda: (x[rows.long() // model.top_k], plain.gate_up), offsets, swiglu=True
         ),
     )
     yield Case(
-        "grouped_gemm_down",
+        f"grouped_gemm_down{suffix}",
         shape,
         "bf16",
         lambda: ops.grouped_gemm_down(h, rows, offsets, packed),
         lambda: ops.grouped_gemm_down_torch(h, rows, offsets, plain.pairs),
-        bytes=2 * (active * expert + h.numel() + slots * model.hidden),
+        bytes=int(active * each["down"]) + 2 * (h.numel() + slots * model.hidden),
         flops=2 * slots * expert,
         peers=peers.grouped_peers(lambda: (h, plain.down), offsets, swiglu=False),
     )
@@ -159,6 +162,12 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
             packed.set(e, gate, gate, down)
         plain = Plain(torch.cat([gate, gate]).repeat(model.experts, 1, 1), down.repeat(model.experts, 1, 1))
         skewed = (16, 512, 4096) if gpu else (16, 512)
+        for quant in QUANTS if gpu else ():
+            few = ops.pack_experts(model.experts, model.hidden, model.width, torch.bfloat16, quant=quant)
+            for e in range(model.experts):
+                few.set(e, gate, gate, down)
+            for tokens in (1, 8):
+                yield from grouped_cases(model, tokens, LOADS[0], few, plain, generator)
         for tokens in (GPU_ROWS if gpu else ROWS)[model.name]:
             for load in LOADS if tokens in skewed else LOADS[:1]:
                 yield from grouped_cases(model, tokens, load, packed, plain, generator)
