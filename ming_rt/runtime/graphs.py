@@ -187,7 +187,8 @@ class DecodeGraphs:
             batch.input_ids.copy_(chosen)
 
         self._buffer.zero_()
-        self._state["slots"].fill_(-1)
+        for name, value in (("slots", -1), ("top_p", 1), ("repetition_penalty", 1)):
+            self._state[name].fill_(value)
         self.forget()
         self._steps[bucket] = self._capture(step)
 

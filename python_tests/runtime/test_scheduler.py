@@ -200,3 +200,45 @@ def test_random_schedules_finish_everything_in_order_within_budget(seed):
         pytest.fail("requests are starving")
     s.pool.check(holders=[])
     assert s.pool.available == pages
+
+
+def decoding(s: Scheduler, *requests: Request) -> list:
+    """Admits ``requests`` and gives the chunks of their first decode step."""
+    for r in requests:
+        s.add(r)
+    step(s)
+    return s.schedule()
+
+
+def test_the_step_ahead_is_one_token_more_of_everybody():
+    s = scheduler()
+    first, second = request(1, 3), request(2, 7)
+    chunks = decoding(s, first, second)
+    assert [(c.start, c.stop) for c in chunks] == [(3, 4), (7, 8)]
+    ahead = s.ahead(chunks)
+    assert [(c.request, c.start, c.stop) for c in ahead] == [(first, 4, 5), (second, 8, 9)]
+    assert [len(r.pages) for r in (first, second)] == [2, 3]
+    assert first.num_computed == 3
+    s.pool.check([first.pages, second.pages])
+
+
+def test_no_step_ahead_of_what_may_change_it():
+    s = scheduler(seqs=2)
+    first, second = request(1, 3), request(2, 7)
+    chunks = decoding(s, first, second)
+    assert s.ahead(chunks[:1]) is None, "not everybody"
+    s.add(request(3, 2))
+    assert s.ahead(chunks), "who waits has to wait for an end"
+    s.remove(second)
+    assert s.ahead(chunks) is None, "one has ended"
+    assert s.ahead(chunks[:1]) is None, "one may join"
+
+
+def test_no_step_ahead_at_the_limit_or_without_pages():
+    s = scheduler()
+    chunks = decoding(s, request(1, 3, max_tokens=2))
+    assert s.ahead(chunks) is None
+    s = scheduler(pages=4)
+    chunks = decoding(s, request(1, 3), request(2, 7))
+    assert s.ahead(chunks) is None
+    assert (s.preemptions, s.pool.available) == (0, 1), "both would need a page"
