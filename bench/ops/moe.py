@@ -160,7 +160,7 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
         packed = ops.pack_experts(model.experts, model.hidden, model.width, torch.bfloat16)
         for e in range(model.experts):  # equal values in separate memory
             packed.set(e, gate, gate, down)
-        plain = Plain(torch.cat([gate, gate]).repeat(model.experts, 1, 1), down.repeat(model.experts, 1, 1))
+        plain = Plain(gate, down, model.experts)
         skewed = (16, 512, 4096) if gpu else (16, 512)
         for quant in QUANTS if gpu else ():
             few = ops.pack_experts(model.experts, model.hidden, model.width, torch.bfloat16, quant=quant)
