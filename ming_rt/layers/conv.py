@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
 from ming_rt import ops
@@ -53,8 +51,15 @@ class DepthwiseConv1d:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, C]`` -> ``[T, C]``."""
+        if x.is_cuda:  # cuDNN would choose its algorithm, and with it the rounding, by the shape
+            return windowed_sum(x, self.weight[:, 0])
         channels, _, kernel = self.weight.shape
-        # cuDNN would choose its algorithm, and with it the rounding of float32, by the shape.
-        with torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext():
-            y = torch.nn.functional.conv1d(x.t()[None], self.weight, padding=kernel // 2, groups=channels)
+        y = torch.nn.functional.conv1d(x.t()[None], self.weight, padding=kernel // 2, groups=channels)
         return y[0].t()
+
+
+def windowed_sum(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """The depthwise convolution of ``[T, C]`` with ``[C, kernel]`` as products and a sum, in fp32."""
+    kernel = kernels.shape[1]
+    padded = torch.nn.functional.pad(x.float(), (0, 0, kernel // 2, kernel // 2))
+    return (padded.unfold(0, kernel, 1) * kernels.float()).sum(-1).to(x.dtype)

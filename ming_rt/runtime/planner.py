@@ -87,7 +87,8 @@ def vision_values(config: VisionConfig) -> int:
 
 
 def audio_values(config: WhisperConfig | SanmConfig) -> int:
-    """Values per encoder frame that a block, or Whisper's unfolded convolutions, have at once."""
+    """Values per encoder frame that a block has at once, with what its convolutions unfold."""
     if isinstance(config, WhisperConfig):
         return 3 * config.n_state + max(5 * config.n_state, 6 * config.n_mels)
-    return 4 * config.output_size + max(4 * config.output_size, config.linear_units, 2 * config.input_size)
+    unfolded = 2 * config.kernel_size * config.output_size  # in float32
+    return 4 * config.output_size + max(unfolded, config.linear_units, 2 * config.input_size)

@@ -13,6 +13,7 @@ import mmap
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -415,11 +416,12 @@ def load(
     source = CheckpointSource(
         checkpoint, dtype, progress, rank, world, total, device=device.torch, quant=quant
     )
-    try:
+    model: T | None = None
+    with suppress(torch.OutOfMemoryError):  # not kept as a cause: its frames hold what was loaded
         model = build(source)
-    except torch.OutOfMemoryError as error:
+    if model is None:
         raise CapacityError(
             f"{device}: the weights of {planned.nbytes} bytes do not fit into the free memory"
-        ) from error
+        )
     source.finish()
     return model

@@ -9,7 +9,7 @@ from tolerances import assert_close
 
 from ming_rt.config import SanmConfig, VisionConfig, WhisperConfig
 from ming_rt.errors import InvalidMediaError
-from ming_rt.layers.conv import Conv1d, DepthwiseConv1d
+from ming_rt.layers.conv import Conv1d, DepthwiseConv1d, windowed_sum
 from ming_rt.models.omni import AudioEncoder, VisionEncoder
 from ming_rt.models.projector import l2_normalize
 from ming_rt.models.vision import layout
@@ -147,3 +147,11 @@ def test_depthwise_conv_pads_each_segment_with_zeros():
     padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
     expected = sum(padded[tap : tap + 5] * weight[:, tap] for tap in range(3))
     assert_close(conv(x), expected)
+    assert_close(windowed_sum(x, weight), expected)
+
+
+def test_depthwise_conv_of_a_gpu_is_that_of_the_cpu():
+    for dtype in (torch.float32, torch.bfloat16):
+        conv, x = DepthwiseConv1d(RandomSource(5, dtype), "fsmn", 24, 11), frames(40, 24).to(dtype)
+        assert_close(windowed_sum(x, conv.weight[:, 0]), conv(x))
+        assert windowed_sum(x, conv.weight[:, 0]).dtype == dtype
