@@ -143,15 +143,14 @@ struct RowEpilogue {
   }
 
  private:
-  // The row of y for one place of the grouped order.
+  // The row of y for one place of the grouped order; none where `rows` names no slot.
   __device__ bf16* destination(int32_t place) const {
-    if constexpr (Gated) return params.y + place * params.y_stride;
     const int32_t slot = params.rows[place];
     if (slot < 0 || slot >= params.slots) {
       gpu::report(params.status, Fault::rows, slot);
       return nullptr;
     }
-    return params.y + slot * params.y_stride;
+    return params.y + (Gated ? place : slot) * params.y_stride;
   }
 
   Params params;

@@ -92,6 +92,8 @@ __global__ void fill_groups(Groups groups, const bf16* x, const bf16* w, const i
                             int64_t w_stride, DeviceStatus* status) {
   const int e = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (e >= experts) return;
+  if (e == 0 && offsets[0] != 0) gpu::report(status, Fault::offsets, offsets[0]);
+  if (e == 0 && offsets[experts] != slots) gpu::report(status, Fault::offsets, offsets[experts]);
   const Rows mine = expert_rows(offsets, e, slots, status);
   groups.shapes[e] = Shape{mine.count, outputs, k};
   groups.x[e] = reinterpret_cast<const Element*>(x + mine.begin * x_stride);
@@ -102,15 +104,14 @@ __global__ void fill_groups(Groups groups, const bf16* x, const bf16* w, const i
 
 constexpr int kGatherRows = 8;  // per block, one warp each
 
-// to[i] = x[rows[i] / top_k]; rows that name no slot become zeros.
+// to[i] = x[rows[i] / top_k]; places that name no slot get zeros, and the epilogue leaves their results out.
 __global__ void __launch_bounds__(32 * kGatherRows)
     gather_rows(bf16* to, const bf16* x, const int32_t* rows, const int32_t* offsets, int64_t slots,
-                int experts, int top_k, int k, int64_t x_stride, DeviceStatus* status) {
+                int experts, int top_k, int k, int64_t x_stride) {
   const int64_t place = int64_t(blockIdx.x) * kGatherRows + threadIdx.x / 32;
   if (place >= slots || place >= offsets[experts]) return;
   const int slot = rows[place];
   const bool valid = slot >= 0 && slot < slots;
-  if (!valid && threadIdx.x % 32 == 0) gpu::report(status, Fault::rows, slot);
   const bf16* from = x + (valid ? slot / top_k : 0) * x_stride;
   for (int i = int(threadIdx.x % 32) * kAlignment; i < k; i += 32 * kAlignment) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -147,8 +148,7 @@ void run(const GroupedGemmParams& p, Stream stream) {
   DeviceStatus* const status = device_status();
   if (Gated) {
     MING_LAUNCH(gather_rows, uint32_t(gpu::ceil_div(p.slots, kGatherRows)), 32 * kGatherRows, 0, stream,
-                parts.gathered, x, p.rows, p.offsets, p.slots, p.experts, p.top_k, int(p.k), x_stride,
-                status);
+                parts.gathered, x, p.rows, p.offsets, p.slots, p.experts, p.top_k, int(p.k), x_stride);
     x = parts.gathered;
     x_stride = p.k;
   }
