@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -151,22 +151,22 @@ def _line(error: Exception) -> str:
 
 
 class _Emulation:
-    """One user of the emulated kernels; the ops leave them with the last one."""
+    """One user of the emulated kernels; the last one to go leaves the ops as the first one found them."""
 
-    _lock = threading.Lock()
-    _users = 0
+    _lock = threading.RLock()  # a user may go in a garbage collection on the thread that holds it
+    _users: ClassVar[set[_Emulation]] = set()
+    _before = False
 
     def __init__(self) -> None:
-        self._held = False
-        self._count(True)
+        with self._lock:
+            if not self._users:
+                _Emulation._before = ops.is_emulating()
+                ops.emulate(True)
+            self._users.add(self)
 
     def __call__(self) -> None:
-        self._count(False)
-
-    def _count(self, held: bool) -> None:
-        kind = _Emulation
-        with kind._lock:
-            if held != self._held:
-                self._held = held
-                kind._users += 1 if held else -1
-                ops.emulate(kind._users > 0)
+        with self._lock:
+            if self in self._users:
+                self._users.remove(self)
+                if not self._users:
+                    ops.emulate(self._before)

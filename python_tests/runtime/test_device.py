@@ -156,6 +156,7 @@ def emulation(monkeypatch):
     calls: list[bool] = []
     monkeypatch.setitem(sys.modules, "ming_rt._emu", SimpleNamespace())
     monkeypatch.setattr(ops, "emulate", calls.append)
+    monkeypatch.setattr(ops, "is_emulating", lambda: bool(calls and calls[-1]))
     return calls
 
 
@@ -166,9 +167,15 @@ def test_emulation_ends_with_its_last_user(emulation):
     first, second = Device("emu").hold(), Device("emu").hold()
     first()
     first()
-    assert emulation == [True, True, True]
+    assert emulation == [True]
     second()
-    assert emulation == [True, True, True, False]
+    assert emulation == [True, False]
+
+
+def test_emulation_goes_on_for_whoever_began_it(emulation):
+    ops.emulate(True)
+    Device("emu").hold()()
+    assert emulation == [True, True, True]
 
 
 def test_a_session_holds_the_emulation(emulation, demo_model):
