@@ -142,6 +142,7 @@ class Progress:
         )
 
 
+@torch.no_grad()
 def run(
     parts: tuple[str, ...] = PARTS,
     device: str = "cuda",
@@ -165,7 +166,6 @@ def run(
     """
     place = resolve(device)
     torch.cuda.set_device(place.torch)
-    torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     clock = CudaClock()
     before = query_gpu()

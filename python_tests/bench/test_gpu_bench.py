@@ -241,6 +241,46 @@ def test_ceilings_on_the_cpu():
     assert c.bf16_tflop_s == pytest.approx(2 * 32**3 / 1e-3 / 1e12)
 
 
+def test_a_whole_run(tmp_path, monkeypatch):
+    clock = FakeClock()
+    place = SimpleNamespace(torch=torch.device("cpu"), name="Made-up GPU", capability=(9, 0))
+    monkeypatch.setattr(gpu_run, "resolve", lambda _: place)
+    monkeypatch.setattr(gpu_run, "CudaClock", lambda: clock)
+    monkeypatch.setattr(
+        gpu_run, "measure_ceilings", lambda _: gpu_report.GpuCeilings(100.0, 4.0, 2.0, copy_gb_s=100.0)
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+
+    def broken():
+        raise RuntimeError("no kernel")
+
+    made = [case(clock), case(clock, op="broken", ours=broken), case(clock, op="other")]
+    monkeypatch.setattr(gpu_run, "op_cases", lambda _: made)
+    report = gpu_run.run(("ops",), only="1x1", seconds=0.001, out=tmp_path)
+    assert [row.op for row in report.rows] == ["op", "other"]
+    assert report.failed == {"broken 1x1 bf16": "RuntimeError: no kernel"}
+    assert "Made-up GPU (sm 9.0)" in report.markdown()
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    assert report.roofline_share(report.rows[0]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--device", "tpu"],
+        ["load", "--device", "cuda"],
+        ["--budget", "5"],
+        ["--device", "cuda", "--budget", "nan"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(arguments, capsys):
+    from ming_rt.cli import main
+
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("ming-rt bench: ")
+
+
 def test_no_gpu_is_one_sentence(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
