@@ -175,10 +175,11 @@ def run(
         gpu_thinker.measure(progress, place, only)
         torch.cuda.empty_cache()
     if "ops" in parts:
-        for case in op_cases(str(place.torch)):
-            name = f"{case.op} {case.shape} {case.dtype}"
-            if only in name:
-                progress.attempt(name, lambda: measure(clock, case, seconds))  # noqa: B023
+        with torch.device(place.torch):  # where the torch compositions make their tensors
+            for case in op_cases(str(place.torch)):
+                name = f"{case.op} {case.shape} {case.dtype}"
+                if only in name:
+                    progress.attempt(name, lambda: measure(clock, case, seconds))  # noqa: B023
     environment = {
         "gpu": place.name,
         "capability": ".".join(map(str, place.capability or ())),

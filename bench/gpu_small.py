@@ -213,7 +213,7 @@ def run(kind: str, only: str = "") -> int:
             worst = compare(case, kind)
             good, text = worst <= TOLERANCE, f"{worst:.1e}"
         except Exception as error:
-            good, text = False, f"{type(error).__name__}: {error}"
+            good, text = False, f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:200]
         wrong += not good
         print(f"{name:<24} {'ok' if good else 'WRONG'} {text}", flush=True)
     return wrong
