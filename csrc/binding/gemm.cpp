@@ -70,38 +70,59 @@ TensorView packed_weight(Call& call, const char* name, py::handle object, std::i
 
 namespace {
 
-void linear(py::object x_, py::object w_, py::object scales_, int format, int64_t n, bool gated,
-            py::object bias_, int act, py::object residual_, py::object y_) {
-  Call call("linear");
-  call.expect(act >= 0 && act <= int(Act::relu) && !(gated && (act || !residual_.is_none())),
-              "expected an activation of 0..3, and none and no residual with a gated weight");
-  TensorView x = call.tensor("x", x_, {DType::f32, DType::bf16}, {"M", "K"});
-  call.bind("N", n);
-  PackedView w = packed_weight(call, "w", w_, scales_, format, {x.dtype}, nullptr, n, x.shape[1], gated);
-  call.bind("outputs of bias", row_count(n, gated));
-  TensorView bias = call.optional("bias", bias_, {x.dtype}, {"outputs of bias"});
+constexpr const char* kActs = "expected an activation of 0..3, and none and no residual with a gated weight";
+
+// Everything but x and w of a product with outputs y [M, N].
+LinearParams outputs(Call& call, DType dtype, bool gated, py::object bias_, int act, py::object residual_,
+                     py::object y_) {
+  call.expect(act >= 0 && act <= int(Act::relu) && !(gated && (act || !residual_.is_none())), kActs);
   TensorView y = call.tensor("y", y_, {DType::f32, DType::bf16}, {"M", "N"});
+  call.bind("outputs of bias", row_count(y.shape[1], gated));
+  TensorView bias = call.optional("bias", bias_, {dtype}, {"outputs of bias"});
   TensorView residual = call.optional("residual", residual_, {y.dtype}, {"M", "N"});
   LinearParams p{};
-  p.x = x.data;
-  p.w = w.data.data;
   p.bias = bias.data;
   p.residual = residual.data;
   p.y = y.data;
-  p.m = x.shape[0];
-  p.n = n;
-  p.k = x.shape[1];
-  p.x_stride = x.stride[0];
+  p.m = y.shape[0];
+  p.n = y.shape[1];
   p.residual_stride = residual.stride[0];
   p.y_stride = y.stride[0];
-  p.dtype = x.dtype;
+  p.dtype = dtype;
   p.out_dtype = y.dtype;
   p.act = Act(act);
   p.gated = gated;
+  return p;
+}
+
+void linear(py::object x_, py::object w_, py::object scales_, int format, int64_t n, bool gated,
+            py::object bias_, int act, py::object residual_, py::object y_) {
+  Call call("linear");
+  TensorView x = call.tensor("x", x_, {DType::f32, DType::bf16}, {"M", "K"});
+  call.bind("N", n);
+  PackedView w = packed_weight(call, "w", w_, scales_, format, {x.dtype}, nullptr, n, x.shape[1], gated);
+  LinearParams p = outputs(call, x.dtype, gated, bias_, act, residual_, y_);
+  p.x = x.data;
+  p.w = w.data.data;
+  p.k = x.shape[1];
+  p.x_stride = x.stride[0];
   p.scales = w.scales.data;
   p.format = w.format;
   call.run(MING_KERNEL(linear), p);
 }
+
+#if MING_BACKEND_CUDA
+void linear_epilogue(py::object sums_, bool bf16_bias, bool gated, py::object bias_, int act,
+                     py::object residual_, py::object y_) {
+  Call call("linear_epilogue");
+  TensorView sums = call.dense("sums", sums_, {DType::f32}, {"M", "sums"});
+  LinearEpilogueParams p{
+      outputs(call, bf16_bias ? DType::bf16 : DType::f32, gated, bias_, act, residual_, y_),
+      sums.ptr<float>()};
+  call.bind("sums", row_count(p.linear.n, gated));
+  call.run(&cuda::linear_epilogue, p);
+}
+#endif
 
 void pack_weight(py::object first_, py::object second_, py::object packed_, py::object scales_, int format) {
   Call call("pack_weight");
@@ -129,6 +150,9 @@ void pack_weight(py::object first_, py::object second_, py::object packed_, py::
 
 void register_gemm(py::module_& m) {
   m.def("linear", &linear);
+#if MING_BACKEND_CUDA
+  m.def("linear_epilogue", &linear_epilogue);
+#endif
   m.def("pack_weight", &pack_weight);
 }
 

@@ -1,4 +1,4 @@
-// The check of packed weights, shared by the ops that multiply with them.
+// Checks shared by the ops that multiply with packed weights and by the steps of the mixture of experts.
 #pragma once
 
 #include "binding/check.h"
@@ -19,5 +19,15 @@ struct PackedView {
 PackedView packed_weight(Call& call, const char* name, py::handle object, py::handle scales, int format,
                          std::initializer_list<DType> dtypes, const char* count, int64_t n, int64_t k,
                          bool gated);
+
+constexpr int kMaxExperts = 65535;
+
+// Every value from 0 to limit - 1; for values the host can read.
+inline void in_range(Call& call, const char* name, const int32_t* values, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] < 0 || values[i] >= limit)
+      call.fail(std::string(name) + ": expected values in 0.." + std::to_string(limit - 1) + ", got " +
+                std::to_string(values[i]));
+}
 
 }  // namespace ming::binding

@@ -146,6 +146,17 @@ __device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
 #endif
 }
 
+// (x & mask) | bits in one instruction; the compiler makes two of it where both are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+#if defined(MING_EMU)
+  return (x & mask) | bits;
+#else
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+#endif
+}
+
 // `Count` values of T moved as one access; the address is a multiple of its size (at most 16 bytes).
 template <typename T, int Count>
 struct alignas(sizeof(T) * Count) Vec {
@@ -167,16 +178,30 @@ __device__ __forceinline__ V load_once(const void* from) {
 #if defined(MING_EMU)
   std::memcpy(&v, from, sizeof(V));
 #else
+  // volatile: without, the compiler moves a load out of the branch that guards it
   if constexpr (sizeof(V) == 16)
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
   else
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
 #endif
   return v;
 }
 
+// The same to global memory for 16 bytes. Behind a loop the compiler makes several small stores of store().
+template <typename V>
+__device__ __forceinline__ void store_global(void* to, const V& values) {
+  static_assert(sizeof(V) == 16);
+  uint4 v;
+  std::memcpy(&v, &values, sizeof(v));
+#if defined(MING_EMU)
+  std::memcpy(to, &v, sizeof(v));
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#endif
+}
 // Values of T in a 16-byte access.
 template <typename T>
 constexpr int kWide = 16 / int(sizeof(T));
@@ -199,7 +224,23 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// The same over a block of Threads; every thread calls it, `partial` is shared memory of Threads / 32 floats
+// Largest and smallest number of the warp, in every lane.
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+#if defined(MING_EMU)
+  for (int bits = 16; bits > 0; bits >>= 1) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, x, bits);
+    x = x > other ? x : other;
+  }
+  return x;
+#else
+  return __reduce_max_sync(kAllLanes, x);
+#endif
+}
+__device__ __forceinline__ uint32_t warp_min(uint32_t x) {
+  return ~warp_max(~x);
+}
+
+// The sum over a block of Threads; every thread calls it, `partial` is shared memory of Threads / 32 floats
 // that nobody else uses until the block's next barrier.
 template <int Threads>
 __device__ __forceinline__ float block_sum(float x, float* partial) {

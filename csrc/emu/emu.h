@@ -179,6 +179,12 @@ inline float __uint_as_float(uint32_t u) {
   std::memcpy(&x, &u, 4);
   return x;
 }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
 inline float rsqrtf(float x) {
   return 1.0f / std::sqrt(x);
 }

@@ -20,6 +20,15 @@ from ming_rt.ops.attention import (
 )
 from ming_rt.ops.decode import advance, advance_torch
 from ming_rt.ops.embed import embed, embed_torch
+from ming_rt.ops.experts import (
+    ExpertWeights,
+    grouped_gemm_down,
+    grouped_gemm_down_torch,
+    grouped_gemm_swiglu,
+    grouped_gemm_swiglu_torch,
+    pack_experts,
+    set_prefill_kernel,
+)
 from ming_rt.ops.gemm import linear, linear_swiglu, linear_swiglu_torch, linear_torch
 from ming_rt.ops.image import (
     patchify,
@@ -30,19 +39,13 @@ from ming_rt.ops.image import (
     resize_u8_torch,
 )
 from ming_rt.ops.moe import (
-    ExpertWeights,
     RouterWeights,
-    grouped_gemm_down,
-    grouped_gemm_down_torch,
-    grouped_gemm_swiglu,
-    grouped_gemm_swiglu_torch,
     moe_combine,
     moe_combine_torch,
     moe_permute,
     moe_permute_torch,
     moe_route,
     moe_route_torch,
-    pack_experts,
 )
 from ming_rt.ops.norm import layer_norm, layer_norm_torch, rms_norm, rms_norm_torch
 from ming_rt.ops.packed import (
@@ -181,4 +184,5 @@ __all__ = [
     "sample_torch",
     "set_isa",
     "set_num_threads",
+    "set_prefill_kernel",
 ]

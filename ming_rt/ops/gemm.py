@@ -8,6 +8,9 @@ from torch import Tensor
 from ming_rt.ops._native import kernels
 from ming_rt.ops.packed import FORMATS, PackedWeight, check_layout
 
+# Dense bfloat16 products of so many rows or more go to cuBLAS on CUDA, which is bound by arithmetic there. It
+# chooses its order of summation by the shape; below, and in decode steps, a row's bits are its own.
+LIBRARY_ROWS = 128
 ACTIVATIONS = {None: 0, "gelu": 1, "silu": 2, "relu": 3}
 
 
@@ -22,8 +25,8 @@ def linear(
 ) -> Tensor:
     """``act(x W^T + bias) + residual``; sums and activation in fp32.
 
-    A row's result does not depend on the other rows or on the number of threads, bit for bit; on CUDA that
-    holds as long as the number of rows stays on one side of the limits in csrc/ops/gemm/heuristics.h.
+    A row's result does not depend on the other rows or on the number of threads, bit for bit. On CUDA that
+    holds among up to 32 rows, and among more, below ``LIBRARY_ROWS`` (csrc/ops/gemm/heuristics.h).
 
     Args:
         x: [M, K], dtype of the weight, rows may be strided (and may overlap).
@@ -35,8 +38,7 @@ def linear(
     Returns:
         [M, N].
     """
-    y = torch.empty((x.shape[0], w.n), dtype=out_dtype or x.dtype, device=x.device)
-    return _linear(x, w, False, bias, _activation(act), residual, y)
+    return _linear(x, w, False, bias, _activation(act), residual, out_dtype or x.dtype)
 
 
 def linear_swiglu(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -44,8 +46,7 @@ def linear_swiglu(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Ten
 
     x: [M, K]; w: gated, [I, K] twice; bias: [2I], gate then up. Returns [M, I].
     """
-    y = torch.empty((x.shape[0], w.n), dtype=x.dtype, device=x.device)
-    return _linear(x, w, True, bias, 0, None, y)
+    return _linear(x, w, True, bias, 0, None, x.dtype)
 
 
 def _linear(
@@ -55,10 +56,45 @@ def _linear(
     bias: Tensor | None,
     act: int,
     residual: Tensor | None,
-    y: Tensor,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     check_layout("linear", x, w.layout)
+    if x.is_cuda and x.shape[0] >= LIBRARY_ROWS and _library_takes(x, w, gated):
+        plain = bias is None and residual is None and not act and not gated
+        if plain and out_dtype == x.dtype:
+            return torch.mm(x, w.rows().t())
+        sums = torch.mm(x, w.rows().t(), out_dtype=torch.float32)
+        return linear_epilogue(sums, x.dtype, gated, bias, act, residual, out_dtype)
+    y = torch.empty((x.shape[0], w.n), dtype=out_dtype, device=x.device)
     kernels(x).linear(x, w.data, w.scales, FORMATS[w.quant], w.n, gated, bias, act, residual, y)
+    return y
+
+
+def _library_takes(x: Tensor, w: PackedWeight, gated: bool) -> bool:
+    """Whether this is a product for cuBLAS; what is wrong with the others, our kernels say."""
+    same = x.dtype == w.dtype == torch.bfloat16 and x.shape[1] == w.k and gated == w.gated
+    return same and w.quant is None
+
+
+def linear_epilogue(
+    sums: Tensor,
+    dtype: torch.dtype,
+    gated: bool,
+    bias: Tensor | None,
+    act: int,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The last step of ``linear`` or ``linear_swiglu`` alone, on CUDA.
+
+    Args:
+        sums: float32 [M, N], or [M, 2I] with gate and up in turn.
+        dtype: of the bias; the other arguments are those of ``linear``, ``act`` as a number.
+    """
+    y = torch.empty(
+        (sums.shape[0], sums.shape[1] // (2 if gated else 1)), dtype=out_dtype, device=sums.device
+    )
+    kernels(sums).linear_epilogue(sums, dtype == torch.bfloat16, gated, bias, act, residual, y)
     return y
 
 

@@ -98,7 +98,16 @@ struct PackParams {
   WeightFormat format;
 };
 
+// The last step of linear alone, for sums that a library's product left.
+struct LinearEpilogueParams {
+  LinearParams linear;  // x and w are not used
+  const float* sums;    // [M, row_count(n)], contiguous, in the order of the "rows" layout
+};
+
 MING_OP(linear, LinearParams)
 MING_OP(pack_weight, PackParams)
+namespace cuda {
+void linear_epilogue(const LinearEpilogueParams& p, Stream stream);
+}
 
 }  // namespace ming

@@ -66,7 +66,9 @@ struct GroupedGemmParams {
   DType dtype;
   const void* scales;  // of quantised weights, bfloat16 [experts][row_count(n)][row_scales(k)], else nullptr
   WeightFormat format;
-  void* workspace;  // on a device, aligned to 256 bytes; may be empty
+  // Hopper's kernel for many rows per expert runs where this has the bytes of grouped_gemm_workspace(),
+  // aligned to 256; without it the general kernels do.
+  void* workspace;
   int64_t workspace_bytes;
 };
 
@@ -86,6 +88,11 @@ MING_CPU_OP(moe_route, MoeRouteParams)
 MING_CPU_OP(moe_permute, MoePermuteParams)
 MING_OP(grouped_gemm_swiglu, GroupedGemmParams)
 MING_OP(grouped_gemm_down, GroupedGemmParams)
+namespace cuda {
+// Bytes of workspace with which Hopper's kernel takes this product; 0 where it cannot run or, unless
+// `always`, would not pay.
+int64_t grouped_gemm_workspace(const GroupedGemmParams& p, bool gated, bool always);
+}  // namespace cuda
 MING_CPU_OP(moe_combine, MoeCombineParams)
 
 }  // namespace ming
