@@ -19,12 +19,6 @@ __device__ __forceinline__ float read(const T* row, int column, int dim) {
   return column < dim ? to_float(row[column]) : 0.0f;
 }
 
-struct Tile {
-  Sequence s;
-  int32_t row0, rows;
-  int32_t begin, end;  // keys
-};
-
 // The state of a warp's rows; a lane has its own part of each sum, and output columns 2 lane, 2 lane + 1 of
 // each chunk.
 template <int Chunks>
@@ -41,8 +35,9 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
   MING_SHARED(Place, places, [kLaneKeys]);
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, dim = c.p.head_dim;
   const int all_chunks = (dim + kColumns - 1) / kColumns;
+  const int32_t mine = (t.rows - warp + kWarps - 1) / kWarps;  // rows of this warp
   const bool keep_q = all_chunks <= kMostChunks;
-  const Rows<T> k_rows = key_rows<T>(c.p, kv_head), v_rows = value_rows<T>(c.p, kv_head);
+  const T *const keys = head_keys<T>(c, kv_head), *const values = head_values<T>(c, kv_head);
 
   const auto load_q = [&](int chunk) {
     for (int i = thread; i < kRows * kColumns; i += kThreads) {
@@ -52,11 +47,11 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
                        : 0;
     }
   };
-  const auto load_kv = [&](const Rows<T>& from, int chunk) {
+  const auto load_kv = [&](const T* from, int64_t Place::* member, int chunk) {
     for (int i = thread; i < kLaneKeys * kColumns; i += kThreads) {
       const int key = i / kColumns, column = i % kColumns;
-      const Place place = places[key];
-      kv_shared[key][column] = place.page < 0 ? 0 : read(from.at(place), chunk * kColumns + column, dim);
+      const int64_t at = places[key].*member;
+      kv_shared[key][column] = at < 0 ? 0 : read(from + at, chunk * kColumns + column, dim);
     }
   };
 
@@ -71,17 +66,12 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
   if (keep_q)
     for (int chunk = 0; chunk < all_chunks; ++chunk) load_q(chunk);
   for (int32_t key0 = t.begin; key0 < t.end; key0 += kLaneKeys) {
-    if (thread < kLaneKeys) {
-      // Of a segment the "page" is the row.
-      const int32_t key = key0 + thread;
-      places[thread] = c.p.page_table ? find_key(c, t.s, key, t.end)
-                                      : Place{key < t.end ? 0 : -1, int32_t(t.s.base) + key};
-    }
+    if (thread < kLaneKeys) places[thread] = find_key(c, t.s, key0 + thread, t.end);
     float scores[kWarpRows] = {};
     for (int chunk = 0; chunk < all_chunks; ++chunk) {
       __syncthreads();
       if (!keep_q) load_q(chunk);
-      load_kv(k_rows, chunk);
+      load_kv(keys, &Place::k, chunk);
       __syncthreads();
       const float* q = q_shared + (keep_q ? chunk : 0) * kChunkFloats + warp * kPitch;
 #pragma unroll 4
@@ -89,6 +79,7 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
         const auto k = load<4>(&kv_shared[lane][d]);
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
+          if (r >= mine) continue;
           const auto x = load<4>(q + kWarps * r * kPitch + d);
 #pragma unroll
           for (int j = 0; j < 4; ++j) scores[r] = fmaf(x.at[j], k.at[j], scores[r]);
@@ -97,9 +88,9 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
     }
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
-      const int32_t row = warp + kWarps * r;
-      if (row >= t.rows) break;
-      const bool seen = key0 + lane < t.s.visible(c, t.row0 + row) && key0 + lane < t.end;
+      if (r >= mine) continue;
+      const int32_t row = warp + kWarps * r, key = key0 + lane;
+      const bool seen = key < t.s.visible(c, t.row0 + row) && key < t.end;
       const float score = seen ? scores[r] * c.scale_log2 : kMinusInf;
       const float top = fmaxf(state.max[r], warp_max(score)), shift = top == kMinusInf ? 0.0f : top;
       const float shrink = exp2f(state.max[r] - shift), weight = exp2f(score - shift);
@@ -115,7 +106,7 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
 #pragma unroll
     for (int n = 0; n < Chunks; ++n) {
       __syncthreads();
-      load_kv(v_rows, chunk0 + n);
+      load_kv(values, &Place::v, chunk0 + n);
       __syncthreads();
 #pragma unroll 2
       for (int key = 0; key < kLaneKeys; key += 4) {
@@ -124,7 +115,7 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
         for (int j = 0; j < 4; ++j) v[j] = load<2>(&kv_shared[key + j][2 * lane]);
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-          if (warp + kWarps * r >= t.rows) break;
+          if (r >= mine) continue;
           const auto w = load<4>(&weights[warp + kWarps * r][key]);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -158,21 +149,16 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Call c) {
   const int kv_head = int(blockIdx.y) % c.p.num_kv_heads,
             chunk0 = int(blockIdx.y) / c.p.num_kv_heads * Chunks;
   if (!c.p.page_table && blockIdx.x == 0 && blockIdx.y == 0) check_offsets(c);
-  const int64_t slot = int64_t(gridDim.x) - 1 - blockIdx.x;  // the last tile is the heaviest
-  int64_t first_slot;
-  const Sequence s = read_sequence(c, find_sequence(c, slot, kRows, &first_slot));
-  const int64_t row0 = (slot - first_slot) * kRows, all_rows = int64_t(s.queries) * c.group.by;
-  if (row0 < 0 || row0 >= all_rows || (c.p.page_table && s.queries <= c.few)) return;
-  const int32_t rows = int32_t(all_rows - row0 < kRows ? all_rows - row0 : kRows);
-  const int32_t end = s.keys == 0 ? 0 : s.visible(c, int32_t(row0) + rows - 1);
+  const Tile t = read_tile(c, kRows);
+  if (t.rows == 0) return;
   State<Chunks> state;
-  attend<T>(state, c, Tile{s, int32_t(row0), rows, 0, end}, kv_head, chunk0);
+  attend<T>(state, c, t, kv_head, chunk0);
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const int32_t row = int32_t(threadIdx.x) / 32 + kWarps * r;
-    if (row >= rows) break;
+    if (row >= t.rows) continue;
     const float norm = state.sum[r] == 0 ? 0.0f : 1.0f / state.sum[r];
-    T* const to = out_row<T>(c, s, kv_head, int32_t(row0) + row);
+    T* const to = out_row<T>(c, t.s, kv_head, t.row0 + row);
     put_columns(state.out[r], chunk0, c.p.head_dim,
                 [&](int column, float x) { to[column] = from_float<T>(x * norm); });
   }
@@ -191,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Call c) {
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
       const int32_t row = int32_t(threadIdx.x) / 32 + kWarps * r;
-      if (row >= rows) break;
+      if (row >= rows) continue;
       const SplitRow<T> to = split_row<T>(c, w, kv_head, row0 + row, state.max[r], state.sum[r]);
       put_columns(state.out[r], chunk0, c.p.head_dim,
                   [&](int column, float x) { to.put(column, Vec<float, 1>{x}); });

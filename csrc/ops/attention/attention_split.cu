@@ -13,8 +13,7 @@ constexpr int kStages = 2;
 
 template <int D>
 struct SplitShape {
-  static constexpr int kPitch = D + 8;
-  static constexpr int kPart = kWarpKeys * kPitch;  // keys or values of a warp's tile
+  static constexpr int kPart = kWarpKeys * kPitch<D>;  // keys or values of a warp's tile
   static constexpr int kBytes = kWarps * kStages * 2 * kPart * int(sizeof(bf16));
   static constexpr int kOutPitch = D + 8;  // of a merged output in floats
   static_assert(kWarps * kRows * kOutPitch * int(sizeof(float)) <= kBytes);
@@ -37,27 +36,14 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[D / 16][4], const Cal
   }
 }
 
-// A warp's part of a tile on its way into shared memory.
-template <int D>
-__device__ __forceinline__ void fetch(bf16* to, const Rows<bf16>& rows, int32_t page, int32_t offset) {
-  constexpr int kChunks = D / 8;
-#pragma unroll
-  for (int i = 0; i < kWarpKeys * kChunks / 32; ++i) {
-    const int item = int(threadIdx.x) % 32 + 32 * i, key = item / kChunks, column = item % kChunks * 8;
-    const Place place{__shfl_sync(kAllLanes, page, key), __shfl_sync(kAllLanes, offset, key)};
-    cp_async16(to + key * SplitShape<D>::kPitch + column, rows.at(place) + column, place.page >= 0);
-  }
-}
-
 template <int D>
 __global__ void __launch_bounds__(kThreads, 3) split_kernel(const Call c) {
   using Shape = SplitShape<D>;
-  constexpr int kPitch = Shape::kPitch;
   MING_DYNAMIC_SHARED(bf16, shared);
   MING_SHARED(float, stats, [kWarps][kRows][2]);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, kv_head = int(blockIdx.y);
   const Split w = read_split(c);
-  const Rows<bf16> k_rows = key_rows<bf16>(c.p, kv_head), v_rows = value_rows<bf16>(c.p, kv_head);
+  const bf16 *const keys = head_keys<bf16>(c, kv_head), *const values = head_values<bf16>(c, kv_head);
   bf16* const mine = shared + warp * kStages * 2 * Shape::kPart;
 
   for (int32_t row0 = 0; row0 < w.rows; row0 += kRows) {
@@ -72,8 +58,9 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(const Call c) {
     const auto fetch_tile = [&](int tile, Place place) {
       if (tile < tiles) {
         bf16* const to = mine + tile % kStages * 2 * Shape::kPart;
-        fetch<D>(to, k_rows, place.page, place.offset);
-        fetch<D>(to + Shape::kPart, v_rows, place.page, place.offset);
+        copy_rows<D, 32, kWarpKeys>(to, keys, [&](int key) { return __shfl_sync(kAllLanes, place.k, key); });
+        copy_rows<D, 32, kWarpKeys>(to + Shape::kPart, values,
+                                    [&](int key) { return __shfl_sync(kAllLanes, place.v, key); });
       }
       cp_async_commit();
     };
@@ -87,11 +74,11 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(const Call c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[0][i] = q[d / 16][i];
     };
-    int32_t limit[1][2];
+    int32_t limit[2];  // keys that this thread's two rows see; a row beyond the last counts as the last
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int32_t row = lane / 4 + 8 * h;
-      limit[0][h] = w.s.visible(c, row0 + (row < rows ? row : rows - 1));
+      limit[h] = w.s.visible(c, row0 + (row < rows ? row : rows - 1));
     }
     Softmax<D, 1> state;
     state.clear();
@@ -102,10 +89,10 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(const Call c) {
       __syncwarp();
       if (key0 < end) {
         float scores[1][kWarpKeys / 8][4];
-        multiply_keys<D, 1, kWarpKeys, kPitch>(scores, load_q, k);
-        mask_keys<1, kWarpKeys>(scores, key0, limit);
+        multiply_keys<D, 1, kWarpKeys>(scores, load_q, k);
+        mask_keys<1, kWarpKeys>(scores, key0, [&](int, int h) { return limit[h]; });
         state.template add<kWarpKeys>(scores, c.scale_log2);
-        state.template add_values<kWarpKeys, kPitch>(scores, k + Shape::kPart);
+        state.template add_values<kWarpKeys>(scores, k + Shape::kPart);
       }
       __syncwarp();
       fetch_tile(tile + kStages, next);

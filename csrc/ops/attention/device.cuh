@@ -94,52 +94,69 @@ __device__ __forceinline__ int32_t find_sequence(const Call& c, int64_t slot, in
   return low;
 }
 
+// What a block of a tile kernel has to do; nothing: rows == 0.
+struct Tile {
+  Sequence s;
+  int32_t row0, rows;  // queries x group
+  int32_t begin, end;  // keys
+};
+// blockIdx.x counts slots from the last: of a causal sequence that is the heaviest tile, which comes first.
+__device__ __forceinline__ Tile read_tile(const Call& c, int tile) {
+  const int64_t slot = int64_t(gridDim.x) - 1 - blockIdx.x;
+  int64_t first_slot;
+  Tile t{read_sequence(c, find_sequence(c, slot, tile, &first_slot)), 0, 0, 0, 0};
+  const int64_t row0 = (slot - first_slot) * tile, rows = int64_t(t.s.queries) * c.group.by - row0;
+  if (row0 < 0 || rows <= 0 || (c.p.page_table && t.s.queries <= c.few)) return t;
+  t.row0 = int32_t(row0);
+  t.rows = int32_t(rows < tile ? rows : tile);
+  t.end = t.s.keys == 0 ? 0 : t.s.visible(c, t.row0 + t.rows - 1);
+  return t;
+}
+
 // Looks at all row offsets, also at those that no block finds: one block's work.
 __device__ __forceinline__ void check_offsets(const Call& c) {
   for (int32_t b = int32_t(threadIdx.x); b < c.p.batch; b += kThreads)
     if (c.p.cu_q[b] > c.p.cu_q[b + 1]) report(c.status, Fault::cu_seqlens, c.p.cu_q[b + 1]);
 }
 
-// Where a key lies: page and offset in it; page -1: nowhere, to be read as zeros.
+// Where a key and its value lie, counted in values from those of the head's first; below 0: nowhere, to be
+// read as zeros.
 struct Place {
-  int32_t page, offset;
+  int64_t k, v;
 };
 
 __device__ __forceinline__ Place find_key(const Call& c, const Sequence& s, int32_t key, int32_t end) {
-  if (key >= end) return {-1, 0};
-  const uint32_t column = c.page.divide(uint32_t(key));
-  const int32_t page = c.p.page_table[s.index * c.p.page_table_stride + column];
-  if (page < 0 || page >= c.p.pages) {
+  const AttentionParams& p = c.p;
+  if (key >= end) return {-1, -1};
+  if (!p.page_table) return {(s.base + key) * p.k_token_stride, (s.base + key) * p.v_token_stride};
+  const uint32_t column = c.page.divide(uint32_t(key)), offset = uint32_t(key) - column * c.page.by;
+  const int32_t page = p.page_table[s.index * p.page_table_stride + column];
+  if (page < 0 || page >= p.pages) {
     report(c.status, Fault::page_table, page);
-    return {-1, 0};
+    return {-1, -1};
   }
-  return {page, int32_t(uint32_t(key) - column * c.page.by)};
-}
-
-// Of a KV head's keys or values, in values of T.
-template <typename T>
-struct Rows {
-  const T* head;
-  int64_t page_stride, token_stride;
-
-  __device__ __forceinline__ const T* at(Place place) const {
-    return place.page < 0 ? head : head + place.page * page_stride + place.offset * token_stride;
-  }
-};
-template <typename T>
-__device__ __forceinline__ Rows<T> key_rows(const AttentionParams& p, int kv_head) {
-  return {static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_page_stride, p.k_token_stride};
-}
-template <typename T>
-__device__ __forceinline__ Rows<T> value_rows(const AttentionParams& p, int kv_head) {
-  return {static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_page_stride, p.v_token_stride};
+  return {page * p.k_page_stride + offset * p.k_token_stride,
+          page * p.v_page_stride + offset * p.v_token_stride};
 }
 
 template <typename T>
-__device__ __forceinline__ const T* query_row(const Call& c, const Sequence& s, int kv_head, int32_t row) {
+__device__ __forceinline__ const T* head_keys(const Call& c, int kv_head) {
+  return static_cast<const T*>(c.p.k) + kv_head * c.p.k_head_stride;
+}
+template <typename T>
+__device__ __forceinline__ const T* head_values(const Call& c, int kv_head) {
+  return static_cast<const T*>(c.p.v) + kv_head * c.p.v_head_stride;
+}
+
+// Where a row of the queries begins, in values from the first.
+__device__ __forceinline__ int64_t query_place(const Call& c, const Sequence& s, int kv_head, int32_t row) {
   const uint32_t query = c.group.divide(uint32_t(row)),
                  head = kv_head * c.group.by + row - query * c.group.by;
-  return static_cast<const T*>(c.p.q) + (s.base + query) * c.p.q_token_stride + head * c.p.q_head_stride;
+  return (s.base + query) * c.p.q_token_stride + head * c.p.q_head_stride;
+}
+template <typename T>
+__device__ __forceinline__ const T* query_row(const Call& c, const Sequence& s, int kv_head, int32_t row) {
+  return static_cast<const T*>(c.p.q) + query_place(c, s, kv_head, row);
 }
 template <typename T>
 __device__ __forceinline__ T* out_row(const Call& c, const Sequence& s, int kv_head, int32_t row) {

@@ -8,6 +8,29 @@
 
 namespace ming::cuda::attention_detail {
 
+// Rows of D values in shared memory: an odd number of 16-byte units, so that ldmatrix meets no bank twice.
+template <int D>
+constexpr int kPitch = D + 8;
+
+// Starts the copy of Count rows by Threads threads; `place(row)` says where a row begins, in values from
+// `from`; below 0: zeros. Neighbouring threads share a row, and a thread's rows are a constant step apart,
+// which keeps addresses few.
+template <int D, int Threads, int Count, typename Place>
+__device__ __forceinline__ void copy_rows(bf16* to, const bf16* from, Place&& place) {
+  constexpr int kTogether = D % 64 == 0 ? D / 8 : 2, kStep = Threads / kTogether;
+  const int thread = int(threadIdx.x) % Threads, first = thread / kTogether, column = thread % kTogether * 8;
+  to += first * kPitch<D> + column;
+  from += column;
+#pragma unroll
+  for (int i = 0; i < Count / kStep; ++i) {
+    const int64_t at = place(first + i * kStep);
+    const bool valid = at >= 0;
+#pragma unroll
+    for (int d = 0; d < D; d += 8 * kTogether)
+      cp_async16(to + i * kStep * kPitch<D> + d, from + (valid ? at : 0) + d, valid);
+  }
+}
+
 // Row of shared memory, and 8 columns of it, that a lane names to ldmatrix_x4 for 16 rows x 16 columns: as
 // operand a (rows first), or as two operands b (columns first).
 __device__ __forceinline__ int row_first(int pitch) {
@@ -20,10 +43,10 @@ __device__ __forceinline__ int column_first(int pitch) {
 }
 
 // scores[16 M, Keys] = q k^T; `load_q(a, d)` gives operand a of the columns from d on.
-template <int D, int M, int Keys, int Pitch, typename LoadQ>
+template <int D, int M, int Keys, typename LoadQ>
 __device__ __forceinline__ void multiply_keys(float (&scores)[M][Keys / 8][4], LoadQ&& load_q,
                                               const bf16* k) {
-  k += column_first(Pitch);
+  k += column_first(kPitch<D>);
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -37,7 +60,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[M][Keys / 8][4], L
 #pragma unroll
     for (int n = 0; n < Keys / 16; ++n) {
       uint32_t b[4];
-      ldmatrix_x4(b, k + 16 * n * Pitch + d);
+      ldmatrix_x4(b, k + 16 * n * kPitch<D> + d);
       const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
       for (int m = 0; m < M; ++m) {
@@ -48,18 +71,22 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[M][Keys / 8][4], L
   }
 }
 
-// -inf for the keys, from key0 on, that a row does not see.
-template <int M, int Keys>
-__device__ __forceinline__ void mask_keys(float (&scores)[M][Keys / 8][4], int32_t key0,
-                                          const int32_t (&limit)[M][2]) {
-  const int32_t key = key0 + int32_t(threadIdx.x) % 4 * 2;
+// -inf for the keys, from key0 on, that a row does not see; `visible(m, h)` says how many this
+// thread's row lane / 4 + 8 h of each 16 sees.
+template <int M, int Keys, typename Visible>
+__device__ __forceinline__ void mask_keys(float (&scores)[M][Keys / 8][4], int32_t key0, Visible&& visible) {
+  const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
-    for (int n = 0; n < Keys / 8; ++n)
+    for (int h = 0; h < 2; ++h) {
+      const int32_t seen = visible(m, h) - key0 - lane % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (key + 8 * n + i % 2 >= limit[m][i / 2]) scores[m][n][i] = kMinusInf;
+      for (int n = 0; n < Keys / 8; ++n) {
+        if (8 * n >= seen) scores[m][n][2 * h] = kMinusInf;
+        if (8 * n + 1 >= seen) scores[m][n][2 * h + 1] = kMinusInf;
+      }
+    }
 }
 
 // Over the four threads that share a row.
@@ -123,9 +150,9 @@ struct Softmax {
   }
 
   // out += weights v
-  template <int Keys, int Pitch>
+  template <int Keys>
   __device__ __forceinline__ void add_values(const float (&weights)[M][Keys / 8][4], const bf16* v) {
-    v += row_first(Pitch);
+    v += row_first(kPitch<D>);
 #pragma unroll
     for (int n = 0; n < Keys / 16; ++n) {
       uint32_t a[M][4];
@@ -137,7 +164,7 @@ struct Softmax {
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {
         uint32_t b[4];
-        ldmatrix_x4_trans(b, v + 16 * n * Pitch + 16 * d);
+        ldmatrix_x4_trans(b, v + 16 * n * kPitch<D> + 16 * d);
         const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
         for (int m = 0; m < M; ++m) {
