@@ -36,7 +36,10 @@ def run_directly(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class CudaCapture:
-    """Records steps as CUDA graphs that share one pool of memory, since they never run at once."""
+    """Records steps as CUDA graphs; to be called in a stream other than the device's default one.
+
+    The graphs share one pool of memory: they never run at once, and leave nothing there for each other.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -44,8 +47,9 @@ class CudaCapture:
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         step()  # what happens only once, such as loading kernels, must not happen while recording
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate and copy meanwhile: only this thread's mistakes end the recording.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # In the thread's own stream; what other threads do meanwhile is not part of it and does not end it.
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             step()
         return graph.replay
 

@@ -173,7 +173,7 @@ class Worker:
         """Serve commands until told to stop; whatever happens, no request is left without an answer."""
         problem = EngineClosedError("the engine is closed")
         try:
-            with torch.inference_mode(), _own_stream(self.device):
+            with torch.inference_mode(), device_stream(self.device):
                 while self._take_commands():
                     self._step()
                     self._snapshot()
@@ -400,7 +400,7 @@ def _timings(request: Request) -> Timings:
 
 
 @contextmanager
-def _own_stream(device: Device) -> Iterator[None]:
+def device_stream(device: Device) -> Iterator[None]:
     """Runs the thread's work on a GPU in a stream of its own, behind what has prepared model and cache."""
     if device.kind != "cuda":
         yield

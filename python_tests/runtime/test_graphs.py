@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import BACKENDS
 from fake_model import VOCAB, FakeModel, make_prompt, plan
 
 from ming_rt.errors import EngineError
 from ming_rt.models.thinker import Thinker
 from ming_rt.runtime.batch import pack_batch
-from ming_rt.runtime.graphs import BUCKETS, DecodeGraphs, run_directly
+from ming_rt.runtime.graphs import BUCKETS, CudaCapture, DecodeGraphs, run_directly
 from ming_rt.runtime.kv_cache import KVCache
 from ming_rt.runtime.request import Request, SamplingParams
 from ming_rt.runtime.sampler import sample
 from ming_rt.runtime.scheduler import Chunk
 from ming_rt.runtime.weights import RandomSource
+from ming_rt.runtime.worker import device_stream
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from tiny import FAMILIES, tiny_config
@@ -38,14 +40,16 @@ SETTINGS = [
 class Bench:
     """A thinker, its cache and some requests, moved on step by step."""
 
-    def __init__(self, thinker, config, count: int, settings=SETTINGS, capture=run_directly) -> None:
+    def __init__(
+        self, thinker, config, count: int, settings=SETTINGS, capture=run_directly, device=CPU
+    ) -> None:
         pages = MAX_LEN // PAGE
         sizes = config.num_hidden_layers, count * pages, PAGE, config.num_key_value_heads, config.head_dim
-        self.kv = KVCache(*sizes, torch.float32)
+        self.kv, self.device = KVCache(*sizes, torch.float32, device), device
         for cache in (*self.kv.k, *self.kv.v):
             cache.fill_(float("nan"))
         self.thinker = thinker
-        self.graphs = DecodeGraphs(thinker, self.kv, count, MAX_LEN, CPU, capture)
+        self.graphs = DecodeGraphs(thinker, self.kv, count, MAX_LEN, device, capture)
         self.order = np.random.default_rng(count).permutation(count * pages).tolist()
         self.requests = []
         for i in range(count):
@@ -70,7 +74,7 @@ class Bench:
 
     def eager(self, requests) -> None:
         chunks = self.chunks(requests)
-        output = self.thinker.forward(pack_batch(chunks, PAGE), self.kv)
+        output = self.thinker.forward(pack_batch(chunks, PAGE, self.device), self.kv)
         self.keep(chunks, sample(output.logits, requests))
 
     def decode(self, requests) -> None:
@@ -108,6 +112,23 @@ def test_equals_the_steps_from_the_host_bit_for_bit(family):
     assert ours.tokens() == expected.tokens()
     for a, b in zip((*ours.kv.k, *ours.kv.v), (*expected.kv.k, *expected.kv.v), strict=True):
         assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("device", [b for b in BACKENDS if b in ("emu", "cuda")], indirect=True)
+@pytest.mark.parametrize("dense", [3])
+def test_equals_the_steps_from_the_host_on_a_device(device, dense):
+    config = tiny_config("flash", first_k_dense_replace=dense)
+    with torch.inference_mode(), device_stream(device):
+        thinker = Thinker(config, RandomSource(0, torch.float32, device=device.torch))
+        capture = CudaCapture() if device.kind == "cuda" else run_directly
+        ours = Bench(thinker, config, 3, capture=capture, device=device.torch)
+        expected = Bench(thinker, config, 3, device=device.torch)
+        for _ in range(3):
+            ours.decode(ours.requests)
+            expected.eager(expected.requests)
+        assert ours.tokens() == expected.tokens()
+        for a, b in zip((*ours.kv.k, *ours.kv.v), (*expected.kv.k, *expected.kv.v), strict=True):
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 def test_requests_may_come_go_and_be_computed_elsewhere():
