@@ -44,10 +44,11 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(read, rates[torch.bfloat16], rates[torch.float32])
 
 
-def op_cases(device: str = "cpu") -> Iterator[Case]:
-    """The rows of every module under bench/ops, their tensors on ``device``."""
-    for module in pkgutil.iter_modules(op_benches.__path__):
-        bench = importlib.import_module(f"{op_benches.__name__}.{module.name}")
+def op_cases(device: str = "cpu", first: tuple[str, ...] = ()) -> Iterator[Case]:
+    """The rows of every module under bench/ops, those of ``first`` first; their tensors are on ``device``."""
+    names = [module.name for module in pkgutil.iter_modules(op_benches.__path__)]
+    for name in sorted(names, key=lambda name: name not in first):
+        bench = importlib.import_module(f"{op_benches.__name__}.{name}")
         yield from bench.cases(torch.Generator(device).manual_seed(SEED))
 
 

@@ -255,13 +255,14 @@ def test_a_whole_run(tmp_path, monkeypatch):
         raise RuntimeError("no kernel")
 
     made = [case(clock), case(clock, op="broken", ours=broken), case(clock, op="other")]
-    monkeypatch.setattr(gpu_run, "op_cases", lambda _: made)
+    monkeypatch.setattr(gpu_run, "op_cases", lambda _, first: made)
     report = gpu_run.run(("ops",), only="1x1", seconds=0.001, out=tmp_path)
     assert [row.op for row in report.rows] == ["op", "other"]
     assert report.failed == {"broken 1x1 bf16": "RuntimeError: no kernel"}
     assert "Made-up GPU (sm 9.0)" in report.markdown()
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
     assert report.roofline_share(report.rows[0]) == pytest.approx(1.0)
+    assert gpu_run.run(("ops",), budget=-1).left_out == ["op 1x1 bf16 and all after it"]
 
 
 @pytest.mark.parametrize(
