@@ -150,21 +150,26 @@ struct Shape {
   static constexpr bool kPlain = Format == WeightFormat::plain;
   static constexpr int kM = M, kN = N, kK = K, kStages = Stages, kWarpsN = WarpsN, kBlocks = Blocks;
   static constexpr int kThreads = 32 * WarpsM * WarpsN;
-  static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN, kMs = kWarpM / 16, kNs = kWarpN / 8;
+  static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
+  // Fragments of a warp. Quantised weights are the first factor of mma_bf16 and x the second, so that both
+  // are made in the registers where it expects them; a fragment of sums is transposed then.
+  static constexpr int kMStep = kPlain ? 16 : 8, kNStep = kPlain ? 8 : 16;
+  static constexpr int kMs = kWarpM / kMStep, kNs = kWarpN / kNStep;
   // Bytes of a row, pieces of 16 bytes, and rows the block copies at once.
   static constexpr int kXRow = 2 * K, kXPieces = kXRow / 16, kXRows = kThreads / kXPieces;
   static constexpr int kWRow = kPlain ? 2 * K : Format == WeightFormat::int8 ? K : K / 2;
   static constexpr int kWPieces = kWRow / 16, kWRows = kThreads / kWPieces;
-  // A stage: x, weights, scales as floats.
+  // A stage: x, weights, scales.
   static constexpr int kWAt = M * kXRow, kScalesAt = kWAt + N * kWRow;
-  static constexpr int kStageBytes = kScalesAt + (kPlain ? 0 : 4 * N);
-  // After the last step each warp's sums lie there; the pitch spreads eight rows over the banks.
-  static constexpr int kPitch = kWarpN + 8, kSumsBytes = 4 * kWarpM * kPitch * WarpsM * WarpsN;
+  static constexpr int kStageBytes = kScalesAt + (kPlain ? 0 : 2 * N);
+  // After the last step each warp's sums lie there; the pitch spreads a fragment over the banks.
+  static constexpr int kPitch = kWarpN + (kPlain ? 8 : 4), kSumsBytes = 4 * kWarpM * kPitch * WarpsM * WarpsN;
   static constexpr int kSharedBytes = Stages * kStageBytes > kSumsBytes ? Stages * kStageBytes : kSumsBytes;
 
-  static_assert(M % kXRows == 0 && N % kWRows == 0 && kMs * 16 * WarpsM == M && kNs * 8 * WarpsN == N);
+  static_assert(M % kXRows == 0 && N % kWRows == 0 && kMs * kMStep * WarpsM == M &&
+                kNs * kNStep * WarpsN == N);
   static_assert(kPlain ? K == 32 || K == 64 : K == kQuantGroup && N <= kThreads);
-  static_assert(kNs % 2 == 0 && kSharedBytes <= (99 << 10));
+  static_assert((kNs % 2 == 0 || !kPlain) && kSharedBytes <= (99 << 10));
 };
 
 template <class S>
@@ -186,28 +191,18 @@ __device__ __forceinline__ int w_offset(int row, int piece) {
   return S::kWAt + row * S::kWRow + 16 * piece;
 }
 
-// Brings the steps of a tile to shared memory. Each thread copies the same pieces of every step.
-template <class S>
+// Brings the steps of a tile to shared memory. Each thread copies the same pieces of every step; what it can
+// work out again is not kept, the sums need the registers.
+// w, scales: of the group; x_row(r): row of x of the tile's row r, or -1.
+template <class S, typename XRow>
 class Loader {
  public:
-  // w, scales: of the group; x_row(r): row of x of the tile's row r, or -1.
-  template <typename XRow>
   __device__ __forceinline__ Loader(const Operands& o, const unsigned char* w, const bf16* scales,
-                                    int first_column, XRow&& x_row)
-      : k_(o.k), wide_(o.wide), w_row_bytes_(o.w_row_bytes) {
-    const int t = threadIdx.x, x_first = t / S::kXPieces, w_first = t / S::kWPieces;
-    x_k_ = t % S::kXPieces * 8;
-    x_to_ = x_offset<S>(x_first, t % S::kXPieces);
-#pragma unroll
-    for (int i = 0; i < kXPasses; ++i) {
-      const int64_t row = x_row(x_first + i * S::kXRows);
-      if (row >= 0) x_present_ |= 1u << i;
-      x_[i] = static_cast<const bf16*>(o.x) + (row >= 0 ? row * o.x_stride : 0) + (o.wide ? x_k_ : 0);
-    }
-    w_byte_ = t % S::kWPieces * 16;
-    w_to_ = w_offset<S>(w_first, t % S::kWPieces);
-    w_left_ = o.w_rows - first_column - w_first;
-    w_ = w + (first_column + w_first) * o.w_row_bytes + w_byte_;
+                                    int first_column, const XRow& x_row)
+      : o_(o), x_row_(x_row) {
+    const int t = threadIdx.x, row = t / S::kWPieces, piece = t % S::kWPieces;
+    w_left_ = o.w_rows - first_column - row;
+    w_ = w + (first_column + row) * o.w_row_bytes + 16 * piece;
     if constexpr (!S::kPlain) {
       const bool mine = t < S::kN && first_column + t < o.w_rows;
       scales_ = mine ? scales + int64_t(first_column + t) * o.scale_count : nullptr;
@@ -215,49 +210,50 @@ class Loader {
   }
 
   __device__ __forceinline__ void copy(unsigned char* stage, int step) const {
-    copy_x(stage + x_to_, step * S::kK);
+    const int t = threadIdx.x;
+    copy_x(stage + x_offset<S>(t / S::kXPieces, t % S::kXPieces), step * S::kK + t % S::kXPieces * 8);
+
+    unsigned char* const to = stage + w_offset<S>(t / S::kWPieces, t % S::kWPieces);
+    const unsigned char* from = w_ + int64_t(step) * S::kWRow;
+    // The last step of plain weights may reach beyond the row.
+    const bool inside = !S::kPlain || step * S::kK + t % S::kWPieces * 8 < o_.k;
 #pragma unroll
-    for (int i = 0; i < kWPasses; ++i) {
-      const int64_t byte = int64_t(step) * S::kWRow;
-      cp_async16(stage + w_to_ + i * S::kWRows * S::kWRow, w_ + i * S::kWRows * w_row_bytes_ + byte,
-                 i * S::kWRows < w_left_ && byte + w_byte_ < w_row_bytes_);
-    }
+    for (int i = 0; i < S::kN / S::kWRows; ++i, from += S::kWRows * o_.w_row_bytes)
+      cp_async16(to + i * S::kWRows * S::kWRow, from, inside && i * S::kWRows < w_left_);
   }
 
   // The scale of this thread's column in a step; it goes into the stage once the load had time to finish.
-  __device__ __forceinline__ float scale(int step) const { return scales_ ? to_float(scales_[step]) : 0.0f; }
-  __device__ __forceinline__ void keep_scale(unsigned char* stage, float scale) const {
-    if (threadIdx.x < S::kN) reinterpret_cast<float*>(stage + S::kScalesAt)[threadIdx.x] = scale;
+  __device__ __forceinline__ bf16 scale(int step) const { return scales_ ? scales_[step] : bf16{0}; }
+  __device__ __forceinline__ void keep_scale(unsigned char* stage, bf16 scale) const {
+    if (threadIdx.x < S::kN) reinterpret_cast<bf16*>(stage + S::kScalesAt)[threadIdx.x] = scale;
   }
 
  private:
-  static constexpr int kXPasses = S::kM / S::kXRows, kWPasses = S::kN / S::kWRows;
-
-  __device__ __forceinline__ void copy_x(unsigned char* to, int k0) const {
-    if (wide_) {
-      const bool inside = k0 + x_k_ < k_;
+  __device__ __forceinline__ void copy_x(unsigned char* to, int k) const {
+    constexpr int kPasses = S::kM / S::kXRows, kPassBytes = S::kXRows * S::kXRow;
+    const bf16* const x = static_cast<const bf16*>(o_.x) + k;
+    if (o_.wide) {
 #pragma unroll
-      for (int i = 0; i < kXPasses; ++i)
-        cp_async16(to + i * S::kXRows * S::kXRow, x_[i] + k0, inside && (x_present_ >> i & 1));
+      for (int i = 0; i < kPasses; ++i) {
+        const int64_t row = x_row_(int(threadIdx.x) / S::kXPieces + i * S::kXRows);
+        cp_async16(to + i * kPassBytes, x + row * o_.x_stride, row >= 0 && k < o_.k);
+      }
       return;
     }
-#pragma unroll 2
-    for (int j = 0; j < 8; ++j) {
-      const int k = k0 + x_k_ + j;
+#pragma unroll 1  // rows of any alignment, value by value: slow and rare
+    for (int i = 0; i < kPasses; ++i) {
+      const int64_t row = x_row_(int(threadIdx.x) / S::kXPieces + i * S::kXRows);
+      Vec<bf16, 8> v;
 #pragma unroll
-      for (int i = 0; i < kXPasses; ++i)
-        reinterpret_cast<bf16*>(to + i * S::kXRows * S::kXRow)[j] =
-            k < k_ && (x_present_ >> i & 1) ? x_[i][k] : bf16{0};
+      for (int j = 0; j < 8; ++j) v.at[j] = row >= 0 && k + j < o_.k ? x[row * o_.x_stride + j] : bf16{0};
+      store(reinterpret_cast<bf16*>(to + i * kPassBytes), v);
     }
   }
 
-  const bf16* x_[kXPasses];
-  uint32_t x_present_ = 0;
-  int x_k_, x_to_, k_;
-  bool wide_;
+  const Operands& o_;
+  const XRow& x_row_;
   const unsigned char* w_;
-  int64_t w_row_bytes_;
-  int w_byte_, w_to_, w_left_;
+  int w_left_;
   const bf16* scales_ = nullptr;
 };
 
@@ -310,8 +306,8 @@ __device__ __forceinline__ int next_slot(int slot) {
 
 // The fragments of the next 16 k are read while the tensor cores work on these; a step's slot is refilled
 // after the barrier that all its readers have passed.
-template <class S>
-__device__ __forceinline__ void sum_plain(unsigned char* shared, const Loader<S>& loader, int steps,
+template <class S, class Loader>
+__device__ __forceinline__ void sum_plain(unsigned char* shared, const Loader& loader, int steps,
                                           Sums<S>& sums) {
   constexpr int kParts = S::kK / 16;
   const Place<S> at;
@@ -345,80 +341,99 @@ __device__ __forceinline__ void sum_plain(unsigned char* shared, const Loader<S>
   }
 }
 
-// Eight integers as bfloat16 pairs. A number below 128 in the mantissa of 128.0 is 128 plus it, exactly.
+// Eight integers as bfloat16 pairs. Seven bits as the mantissa of 128 are 128 plus their number.
 __device__ __forceinline__ void integers_to_bf16(uint2 bytes, uint32_t (&pairs)[4]) {
   const uint32_t word[2] = {bytes.x, bytes.y};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t two = __byte_perm(word[i / 2], 0, i % 2 ? 0x4342 : 0x4140);
-    // 128 + the low seven bits, less 128, or less 256 where the sign bit is set.
-    pairs[i] = add_bf16x2((two & 0x007f007f) | 0x43004300, (two & 0x00800080) | 0xc300c300);
+    // 128 + the low seven bits, less 128, or less 256 where the sign bit is set: exact.
+    pairs[i] = add_bf16x2(and_or(two, 0x007f007f, 0x43004300), and_or(two, 0x00800080, 0xc300c300));
   }
 }
 __device__ __forceinline__ void integers_to_bf16(uint32_t nibbles, uint32_t (&pairs)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t two = __byte_perm(nibbles, nibbles >> 4, (4 + i) << 8 | i);  // byte i and its high half
-    pairs[i] = add_bf16x2((two & 0x000f000f) | 0x43004300, 0xc308c308);         // 128 + q + 8, less 136
+    pairs[i] = add_bf16x2(and_or(two, 0x000f000f, 0x43004300), 0xc308c308);     // 128 + q + 8, less 136
   }
 }
 
-// One step is one group of k. A lane takes 8 adjacent k of each 32 from its rows of x and of the weights, the
-// same for both: the order of k inside the group is free.
+// One step is one group of k. A lane takes 8 adjacent k of each 32 from its rows of the weights and of x: the
+// order of k inside the group is free.
 template <class S>
-__device__ __forceinline__ void sum_group(const unsigned char* stage, const Place<S>& at, Sums<S>& sums) {
+__device__ __forceinline__ void sum_group(const unsigned char* stage, const Place<S>& at, int rows,
+                                          Sums<S>& sums) {
   const int g = at.lane / 4, t = at.lane % 4;
-  uint32_t x[S::kMs][2][2][4];
+  const bf16* scales = reinterpret_cast<const bf16*>(stage + S::kScalesAt);
+  uint32_t w[S::kNs][4][4];  // [16 columns][16 k]
+  float scale[S::kNs][2];
 #pragma unroll
-  for (int i = 0; i < S::kMs; ++i) {
+  for (int j = 0; j < S::kNs; ++j) {
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      const int column = at.column + 16 * j + 8 * high + g;
+      scale[j][high] = to_float(scales[column]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t pairs[4];
+        if constexpr (S::kFormat == WeightFormat::int8)
+          integers_to_bf16(
+              *reinterpret_cast<const uint2*>(stage + w_offset<S>(column, 2 * half + t / 2) + t % 2 * 8),
+              pairs);
+        else
+          integers_to_bf16(*reinterpret_cast<const uint32_t*>(stage + w_offset<S>(column, half) + t * 4),
+                           pairs);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[j][2 * half + i / 2][i % 2 * 2 + high] = pairs[i];
+      }
+    }
+  }
+  uint4 x[2][2][2];  // of this and the next 16 rows: [8 rows][32 k]
+  const auto read_x = [&](int i) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part)
+      x[i % 2][part / 2][part % 2] = *reinterpret_cast<const uint4*>(
+          stage + x_offset<S>(at.row + 16 * i + part / 2 * 8 + g, part % 2 * 4 + t));
+  };
+  read_x(0);
+#pragma unroll
+  for (int i = 0; i < S::kMs / 2; ++i) {
+    if (i + 1 < S::kMs / 2) read_x(i + 1);
+    // Besides the work it saves, the branch keeps the compiler from having more sums of groups under way than
+    // there are registers for.
+    if (at.row + 16 * i >= rows) break;
+    float group[2][S::kNs][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint4 v =
-            *reinterpret_cast<const uint4*>(stage + x_offset<S>(at.row + 16 * i + 8 * r + g, 4 * half + t));
-        x[i][half][r][0] = v.x, x[i][half][r][1] = v.y, x[i][half][r][2] = v.z, x[i][half][r][3] = v.w;
-      }
-    }
-  }
-  const float* scales = reinterpret_cast<const float*>(stage + S::kScalesAt);
+        const uint4& v = x[i % 2][r][half];
+        const uint32_t first[2] = {v.x, v.y}, second[2] = {v.z, v.w};
 #pragma unroll
-  for (int j = 0; j < S::kNs; ++j) {
-    const int column = at.column + 8 * j;
-    float group[S::kMs][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t w[4];
-      if constexpr (S::kFormat == WeightFormat::int8)
-        integers_to_bf16(
-            *reinterpret_cast<const uint2*>(stage + w_offset<S>(column + g, 2 * half + t / 2) + t % 2 * 8),
-            w);
-      else
-        integers_to_bf16(*reinterpret_cast<const uint32_t*>(stage + w_offset<S>(column + g, half) + t * 4),
-                         w);
-#pragma unroll
-      for (int s = 0; s < 4; s += 2) {
-        const uint32_t b[2] = {w[s], w[s + 1]};
-#pragma unroll
-        for (int i = 0; i < S::kMs; ++i) {
-          const uint32_t a[4] = {x[i][half][0][s], x[i][half][1][s], x[i][half][0][s + 1],
-                                 x[i][half][1][s + 1]};
-          mma_bf16(group[i], a, b);
+        for (int j = 0; j < S::kNs; ++j) {
+          mma_bf16(group[r][j], w[j][2 * half], first);
+          mma_bf16(group[r][j], w[j][2 * half + 1], second);
         }
       }
     }
-    const Vec<float, 2> scale = load<2>(scales + column + 2 * t);
 #pragma unroll
-    for (int i = 0; i < S::kMs; ++i) {
+    for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sums[i][j][c] = fmaf(scale.at[c % 2], group[i][c], sums[i][j][c]);
+      for (int j = 0; j < S::kNs; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float& sum = sums[2 * i + r][j][c];
+          sum = fmaf(scale[j][c / 2], group[r][j][c], sum);
+        }
+      }
     }
   }
 }
 
-template <class S>
-__device__ __forceinline__ void sum_quantised(unsigned char* shared, const Loader<S>& loader, int steps,
-                                              Sums<S>& sums) {
+template <class S, class Loader>
+__device__ __forceinline__ void sum_quantised(unsigned char* shared, const Loader& loader, int steps,
+                                              int rows, Sums<S>& sums) {
   const Place<S> at;
 #pragma unroll
   for (int s = 0; s < S::kStages - 1; ++s) {
@@ -434,13 +449,13 @@ __device__ __forceinline__ void sum_quantised(unsigned char* shared, const Loade
     __syncthreads();  // the step has arrived, and nobody reads the one before it any more
     const int ahead = step + S::kStages - 1;
     unsigned char* const refill = shared + free * S::kStageBytes;
-    float scale = 0;
+    bf16 scale{0};
     if (ahead < steps) {
       loader.copy(refill, ahead);
       scale = loader.scale(ahead);
     }
     cp_async_commit();
-    sum_group<S>(shared + slot * S::kStageBytes, at, sums);
+    sum_group<S>(shared + slot * S::kStageBytes, at, rows, sums);
     if (ahead < steps) loader.keep_scale(refill, scale);
     slot = next_slot<S>(slot);
     free = next_slot<S>(free);
@@ -479,19 +494,19 @@ __device__ __forceinline__ void write_rows(const Output& o, const float* sums, c
   }
 }
 
-// The whole tile, with all threads of the block. w, scales: of the group; x_row(r), y_row(r): row of x and of
-// y of the tile's row r, or -1.
+// The whole tile, with all threads of the block. w, scales: of the group; rows: how many the tile has;
+// x_row(r), y_row(r): row of x and of y of the tile's row r, or -1.
 template <class S, typename XRow, typename YRow>
 __device__ __forceinline__ void run_tile(const Operands& o, const unsigned char* w, const bf16* scales,
-                                         int first_column, XRow&& x_row, YRow&& y_row) {
+                                         int first_column, int rows, XRow&& x_row, YRow&& y_row) {
   MING_DYNAMIC_SHARED(unsigned char, shared);
   Sums<S> sums = {};
-  const Loader<S> loader(o, w, scales, first_column, x_row);
+  const Loader<S, std::remove_reference_t<XRow>> loader(o, w, scales, first_column, x_row);
   const int steps = int((o.w_row_bytes + S::kWRow - 1) / S::kWRow);
   if constexpr (S::kPlain)
     sum_plain<S>(shared, loader, steps, sums);
   else
-    sum_quantised<S>(shared, loader, steps, sums);
+    sum_quantised<S>(shared, loader, steps, rows, sums);
 
   cp_async_wait<0>();
   __syncthreads();  // every warp has read its last stage
@@ -501,9 +516,15 @@ __device__ __forceinline__ void run_tile(const Operands& o, const unsigned char*
   for (int i = 0; i < S::kMs; ++i) {
 #pragma unroll
     for (int j = 0; j < S::kNs; ++j) {
-      float* const to = mine + (16 * i + at.lane / 4) * S::kPitch + 8 * j + at.lane % 4 * 2;
-      store(to, Vec<float, 2>{{sums[i][j][0], sums[i][j][1]}});
-      store(to + 8 * S::kPitch, Vec<float, 2>{{sums[i][j][2], sums[i][j][3]}});
+      const float (&f)[4] = sums[i][j];
+      if constexpr (S::kPlain) {
+        float* const to = mine + (16 * i + at.lane / 4) * S::kPitch + 8 * j + at.lane % 4 * 2;
+        store(to, Vec<float, 2>{{f[0], f[1]}});
+        store(to + 8 * S::kPitch, Vec<float, 2>{{f[2], f[3]}});
+      } else {
+        float* const to = mine + (8 * i + at.lane % 4 * 2) * S::kPitch + 16 * j + at.lane / 4;
+        to[0] = f[0], to[S::kPitch] = f[1], to[8] = f[2], to[S::kPitch + 8] = f[3];
+      }
     }
   }
   __syncwarp();
@@ -518,10 +539,12 @@ __device__ __forceinline__ void run_tile(const Operands& o, const unsigned char*
 // Large tiles need the fewest bytes per operation, small ones waste the least where rows are few. For each:
 // stages that hide the latency of memory within 48 to 72 KB, so that two or three blocks share a
 // multiprocessor (A100: 163 KB, 64 K registers).
-using Large = Shape<WeightFormat::plain, 128, 128, 32, 4, 2, 2, 2>;
+template <WeightFormat F>
+using Large = std::conditional_t<F == WeightFormat::plain, Shape<F, 128, 128, 32, 4, 2, 2, 2>,
+                                 Shape<F, 128, 128, 64, 3, 1, 4, 2>>;
 template <WeightFormat F>
 using Medium = std::conditional_t<F == WeightFormat::plain, Shape<F, 64, 128, 32, 4, 2, 2, 3>,
-                                  Shape<F, 64, 128, 64, 4, 1, 4, 2>>;
+                                  Shape<F, 64, 128, 64, 3, 1, 4, 3>>;
 template <WeightFormat F>
 using Small = Shape<F, 32, 64, 64, 6, 1, 4, 3>;
 
@@ -535,12 +558,13 @@ void with_shape(int64_t groups, int64_t rows, int64_t columns, Launch&& launch) 
     const int64_t tiles = groups * ceil_div(rows, S::kM) * ceil_div(columns, S::kN);
     return double(ceil_div(tiles, processors) * S::kM * S::kN) / share;
   };
-  const double small = time(Small<F>{}, 0.5), medium = time(Medium<F>{}, 0.8);
-  if constexpr (F == WeightFormat::plain) {
-    const double large = time(Large{}, 1.0);
-    if (large <= medium && large <= small) return launch(Large{});
-  }
-  medium <= small ? launch(Medium<F>{}) : launch(Small<F>{});
+  const double small = time(Small<F>{}, 0.5), medium = time(Medium<F>{}, 0.8), large = time(Large<F>{}, 1.0);
+  if (large <= medium && large <= small)
+    launch(Large<F>{});
+  else if (medium <= small)
+    launch(Medium<F>{});
+  else
+    launch(Small<F>{});
 }
 
 template <typename Launch>

@@ -10,20 +10,17 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     linear_kernel(const Operands o, int64_t m, int m_tiles, int n_tiles) {
   const TileIndex at = tile_index(blockIdx.x, m_tiles, n_tiles);
-  const auto row = [&](int r) {
-    const int64_t i = int64_t(at.m) * S::kM + r;
-    return i < m ? i : int64_t(-1);
-  };
-  run_tile<S>(o, o.w, o.scales, at.n * S::kN, row, row);
+  const int64_t first = int64_t(at.m) * S::kM;
+  const int rows = m - first < S::kM ? int(m - first) : S::kM;
+  const auto row = [&](int r) { return r < rows ? first + r : int64_t(-1); };
+  run_tile<S>(o, o.w, o.scales, at.n * S::kN, rows, row, row);
 }
 
 __global__ void __launch_bounds__(kSimtThreads)
     linear_simt_kernel(const Operands o, int64_t m, int m_tiles, int n_tiles) {
   const TileIndex at = tile_index(blockIdx.x, m_tiles, n_tiles);
-  const auto row = [&](int r) {
-    const int64_t i = int64_t(at.m) * kSimtM + r;
-    return i < m ? i : int64_t(-1);
-  };
+  const int64_t first = int64_t(at.m) * kSimtM;
+  const auto row = [&](int r) { return first + r < m ? first + r : int64_t(-1); };
   run_simt_tile<float>(o, o.w, o.scales, at.n * kSimtN, row, row);
 }
 

@@ -73,47 +73,48 @@ __device__ __forceinline__ bool find_tile(const Groups& g, int id, DeviceStatus*
   return tile.expert >= 0;
 }
 
-// Calls run(w, scales, first column, x_row, y_row) for this block's tile.
+// Calls run(w, scales, first column, rows, x_row, y_row) for this block's tile.
 template <int Threads, int TileM, int TileN, typename Run>
 __device__ __forceinline__ void with_group_tile(const Operands& o, const Groups& g, DeviceStatus* status,
                                                 Run&& run) {
-  MING_SHARED(int, slot_of, [TileM]);
+  MING_SHARED(int, x_rows, [TileM]);
+  MING_SHARED(int, y_rows, [TileM]);
   GroupTile tile;
   if (!find_tile<Threads, TileM>(g, blockIdx.x, status, tile)) return;
   const int first = tile.begin + tile.at.m * TileM;
+  const int rows = tile.end - first < TileM ? tile.end - first : TileM;
   for (int r = threadIdx.x; r < TileM; r += Threads) {
-    int slot = first + r < tile.end ? g.rows[first + r] : -1;
-    if (first + r < tile.end && (slot < 0 || slot >= g.slots)) {
-      report(status, Fault::rows, slot);
-      slot = -1;
-    }
-    slot_of[r] = slot;
+    const int place = first + r;
+    const bool present = r < rows;
+    const int slot = present ? g.rows[place] : -1;
+    const bool valid = slot >= 0 && slot < g.slots;
+    if (present && !valid) report(status, Fault::rows, slot);
+    x_rows[r] = !valid ? -1 : g.x_divisor ? slot / g.x_divisor : place;
+    y_rows[r] = !valid ? -1 : g.x_divisor ? place : slot;
   }
   __syncthreads();
-  const auto x_row = [&](int r) -> int64_t {
-    return slot_of[r] < 0 ? -1 : g.x_divisor ? slot_of[r] / g.x_divisor : first + r;
-  };
-  const auto y_row = [&](int r) -> int64_t {
-    return slot_of[r] < 0 ? -1 : g.x_divisor ? first + r : slot_of[r];
-  };
+  const auto x_row = [&](int r) { return int64_t(x_rows[r]); };
+  const auto y_row = [&](int r) { return int64_t(y_rows[r]); };
   run(o.w + tile.expert * (o.w_rows * o.w_row_bytes),
-      o.scales + (o.scales ? int64_t(tile.expert) * o.w_rows * o.scale_count : 0), tile.at.n * TileN, x_row,
-      y_row);
+      o.scales + (o.scales ? int64_t(tile.expert) * o.w_rows * o.scale_count : 0), tile.at.n * TileN, rows,
+      x_row, y_row);
 }
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     grouped_kernel(const Operands o, const Groups g, DeviceStatus* status) {
   with_group_tile<S::kThreads, S::kM, S::kN>(
-      o, g, status, [&](const unsigned char* w, const bf16* scales, int column, auto& x_row, auto& y_row) {
-        run_tile<S>(o, w, scales, column, x_row, y_row);
+      o, g, status,
+      [&](const unsigned char* w, const bf16* scales, int column, int rows, auto& x_row, auto& y_row) {
+        run_tile<S>(o, w, scales, column, rows, x_row, y_row);
       });
 }
 
 __global__ void __launch_bounds__(kSimtThreads)
     grouped_simt_kernel(const Operands o, const Groups g, DeviceStatus* status) {
   with_group_tile<kSimtThreads, kSimtM, kSimtN>(
-      o, g, status, [&](const unsigned char* w, const bf16* scales, int column, auto& x_row, auto& y_row) {
+      o, g, status,
+      [&](const unsigned char* w, const bf16* scales, int column, int, auto& x_row, auto& y_row) {
         run_simt_tile<float>(o, w, scales, column, x_row, y_row);
       });
 }
