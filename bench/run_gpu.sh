@@ -16,7 +16,7 @@ usage() {
 }
 
 all=(facts build tests memcheck racecheck goldens bench)
-declare -A limit=([facts]=15 [build]=200 [tests]=100 [memcheck]=50 [racecheck]=50 [goldens]=45 [bench]=400)
+declare -A limit=([facts]=15 [build]=240 [tests]=90 [memcheck]=45 [racecheck]=45 [goldens]=40 [bench]=400)
 total=${SECONDS_TOTAL:-570}
 bench_least=120 # what the stages before the bench must leave it
 
@@ -105,18 +105,22 @@ for stage in "${stages[@]}"; do
     describe "$stage"
     continue
   fi
-  start=$SECONDS status=124
+  start=$SECONDS status=124 stage_log=$site/$stage.log
+  : >"$stage_log"
   echo "== $stage (at most $allowed s)" | tee -a "$out/log.txt"
   if ((allowed > 0)); then
     link_site
     export -f "run_$stage" sanitize
     export root site out
-    timeout -k 5 "$allowed" bash -c "set -euo pipefail; run_$stage $allowed" >>"$out/log.txt" 2>&1
+    timeout -k 5 "$allowed" bash -c "set -euo pipefail; run_$stage $allowed" >"$stage_log" 2>&1
     status=$?
   fi
   took=$((SECONDS - start))
-  ((status == 0)) || failed=1
-  ((status == 0)) || tail -n 25 "$out/log.txt"
+  cat "$stage_log" >>"$out/log.txt"
+  if ((status)); then
+    failed=1
+    tail -n 25 "$stage_log"
+  fi
   echo "== $stage: exit $status after $took s" | tee -a "$out/log.txt"
   summary+="${summary:+, }\"$stage\": {\"exit\": $status, \"seconds\": $took, \"limit\": $allowed}"
   printf '{"commit": "%s", "stages": {%s}}\n' "$MING_RT_COMMIT" "$summary" >"$out/summary.json"
