@@ -1,5 +1,5 @@
-"""attention_varlen and attention_paged: every ISA and dtype against float64, GQA ratios, page sizes, poisoned
-memory, and bitwise equality alone / batched / chunked / decoded and for every thread count."""
+"""attention_varlen and attention_paged: every backend and dtype against float64, GQA ratios, page sizes,
+poisoned memory, bitwise equality alone / batched / chunked / decoded, and wild values in device memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import BACKENDS
 from tolerances import assert_close
 
 from ming_rt import ops
 
 DTYPES = [torch.float32, torch.bfloat16]
+DEVICES = [b for b in BACKENDS if b in ("emu", "cuda")]
+SEEDS = ("1", "2", "3")  # orders of a block's threads on the emulation
+# Heads, KV heads, head_dim, page size: the head_dims of the tensor cores and one of the plain form.
+DEVICE_CASES = [
+    (2, 2, 64, 16),
+    (4, 1, 80, 1),
+    (4, 1, 128, 16),
+    (7, 1, 128, 32),
+    (14, 2, 64, 1),
+    (4, 1, 40, 5),
+]
 
 
 def reference(q, k, v, causal):
@@ -73,9 +85,28 @@ def paged(rng, dtype, heads, kv_heads, dim, page, q_lens, kv_lens):
     return Paged(q, ks, vs, k_pages, v_pages, table, cu, torch.tensor(kv_lens).int())
 
 
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def alone(case, b, begin=0, end=None):
+    """Queries begin..end of sequence b, without the other sequences."""
+    first, last = case.cu[b : b + 2].tolist()
+    end = last - first if end is None else end
+    length = int(case.kv_lens[b]) - (last - first) + end
+    return ops.attention_paged(
+        case.q[first + begin : first + end],
+        case.k_pages,
+        case.v_pages,
+        case.table[b : b + 1],
+        ints(0, end - begin),
+        ints(length),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 4, 7, 16, 64, 80, 128, 130])
-def test_varlen_matches_float64(isa, rng, dtype, dim):
+def test_varlen_matches_float64(backend, rng, dtype, dim):
     lengths = [5, 0, 64, 1, 130, 0]
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     # Strided views of one qkv buffer, as the encoders pass them.
@@ -98,7 +129,7 @@ def test_varlen_crosses_spans(isa, rng, dtype, length):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page", [5, 16, 32, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 1, 32), (4, 4, 80), (6, 2, 12), (16, 4, 128)])
-def test_paged_matches_float64(isa, rng, dtype, page, heads, kv_heads, dim):
+def test_paged_matches_float64(backend, rng, dtype, page, heads, kv_heads, dim):
     case = paged(rng, dtype, heads, kv_heads, dim, page, [1, 70, 33, 0, 2], [90, 70, 130, 3, 600])
     actual = case.run()
     assert_close(actual, case.expected())
@@ -151,7 +182,7 @@ def test_same_bits_whatever_page_size_and_threads(isa, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_scores_do_not_overflow(isa, rng, dtype):
+def test_large_scores_do_not_overflow(backend, rng, dtype):
     q = torch.randn(40, 2, 16, generator=rng) * 200
     k, v = torch.randn(2, 40, 2, 16, generator=rng)
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -160,7 +191,7 @@ def test_large_scores_do_not_overflow(isa, rng, dtype):
 
 
 @pytest.mark.parametrize(("length", "dim", "spread"), [(700, 80, 1.0), (300, 64, 1.0), (64, 128, 4.0)])
-def test_bfloat16_is_as_accurate_as_the_composition(isa, rng, length, dim, spread):
+def test_bfloat16_is_as_accurate_as_the_composition(backend, rng, length, dim, spread):
     q, k, v = torch.randn(3, length, 2, dim, generator=rng)
     q, k, v = (q * spread).bfloat16(), k.bfloat16(), v.bfloat16()
     cu = torch.tensor([0, length], dtype=torch.int32)
@@ -172,16 +203,12 @@ def test_bfloat16_is_as_accurate_as_the_composition(isa, rng, length, dim, sprea
     assert ours <= 1.05 * composed
 
 
-def test_empty_batch(isa):
+def test_empty_batch(backend):
     empty = torch.empty(0, 2, 8)
     assert ops.attention_varlen(empty, empty, empty, torch.zeros(1, dtype=torch.int32)).shape == (0, 2, 8)
     pages, none = torch.empty(0, 2, 16, 8), torch.zeros(0, dtype=torch.int32)
     zero = torch.zeros(1, dtype=torch.int32)
     assert ops.attention_paged(empty, pages, pages, none.view(0, 0), zero, none).shape == (0, 2, 8)
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -222,3 +249,143 @@ def test_bad_segments(cu):
     x = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match="attention_varlen: cu_seqlens: expected"):
         ops.attention_varlen(x, x, x, cu)
+
+
+on_devices = pytest.mark.parametrize("backend", DEVICES, indirect=True)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), DEVICE_CASES)
+def test_device_prefill_and_decode_in_one_call(backend, rng, dtype, heads, kv_heads, dim, page):
+    case = paged(rng, dtype, heads, kv_heads, dim, page, [1, 21, 9, 0, 8], [140, 70, 9, 3, 131])
+    assert_close(case.run(), case.expected())
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), DEVICE_CASES)
+def test_device_decode_does_not_depend_on_the_batch(backend, rng, dtype, heads, kv_heads, dim, page):
+    case = paged(rng, dtype, heads, kv_heads, dim, page, [1, 1, 1, 1], [1, 64, 129, 300])
+    batched = case.run()
+    assert_close(batched, case.expected())
+    for b in range(4):
+        assert torch.equal(alone(case, b), batched[b : b + 1])
+
+
+@on_devices
+def test_device_splits_grow_with_the_sequence(backend, rng):
+    case = paged(rng, torch.bfloat16, 2, 1, 64, 32, [1, 2], [4200, 4096])
+    assert_close(case.run(), case.expected())
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [40, 64, 128])
+def test_device_prefill_has_the_same_bits_alone_batched_and_chunked(backend, rng, dtype, dim):
+    case = paged(rng, dtype, 4, 1, dim, 16, [1, 70, 9], [100, 150, 9])
+    batched, bounds = case.run(), case.cu.tolist()
+    for b in range(3):
+        assert torch.equal(alone(case, b), batched[bounds[b] : bounds[b + 1]])
+    for begin, end in [(0, 33), (33, 57), (57, 70)]:
+        assert torch.equal(alone(case, 1, begin, end), batched[bounds[1] + begin : bounds[1] + end])
+
+
+@on_devices
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_device_segments_have_the_same_bits_in_tall_and_short_tiles(backend, rng, dim):
+    # Alone the long segment goes by tall tiles (on a small device), among short ones by short tiles.
+    q, k, v = torch.randn(141, 3, 4, dim, generator=rng).bfloat16().unbind(1)
+    together = ops.attention_varlen(q, k, v, ints(0, 1, 5, 135, 141))
+    long = [x[5:135] for x in (q, k, v)]
+    assert torch.equal(ops.attention_varlen(*long, ints(0, 130)), together[5:135])
+    assert_close(together[5:135], reference(*long, causal=False))
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_device_takes_rows_at_any_address(backend, rng, dtype):
+    q, k, v = (torch.randn(40, 2, 67, generator=rng).to(dtype)[..., 1:65] for _ in range(3))
+    assert_close(ops.attention_varlen(q, k, v, ints(0, 40)), reference(q, k, v, causal=False))
+
+
+@on_devices
+@pytest.mark.parametrize("dim", [64, 600])
+def test_device_padding_rows_give_zeros(backend, rng, dim):
+    for dtype in DTYPES:
+        case = paged(rng, dtype, 4, 2, dim, 16, [1, 1, 20], [40, 1, 20])
+        case.kv_lens[1:] = 0
+        case.table[1:] = -7
+        out = case.run()
+        assert torch.equal(out[:1], alone(case, 0))
+        assert not out[1:].any()
+        for queries in (1, 2):  # decode only, and with more than one query
+            out = ops.attention_paged(
+                case.q[1 : 1 + queries],
+                case.k_pages,
+                case.v_pages,
+                case.table[1:2],
+                ints(0, queries),
+                ints(0),
+            )
+            assert not out.any()
+
+
+@on_devices
+def test_device_takes_a_long_sequence_among_empty_ones(backend, rng):
+    # As many query rows as sequences: all count as decode.
+    case = paged(rng, torch.bfloat16, 4, 1, 64, 16, [10] + 9 * [0], [150] + 9 * [3])
+    assert_close(case.run(), case.expected())
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "row", "value", "message"),
+    [
+        ("table", (1, 2), -1, "page_table: expected pages inside the cache, got -1"),
+        ("table", (2, 0), 2**30, "page_table: .* got 1073741824"),
+        ("kv_lens", 1, 1000, "kv_lens: expected lengths .* got 1000"),
+        ("kv_lens", 2, 1, "kv_lens: .* got 1"),
+        ("kv_lens", 1, -3, "kv_lens: .* got -3"),
+        ("cu", 0, 1, "cu_seqlens: expected rising offsets up to the number of rows, got 1"),
+        ("cu", 3, 13, "cu_seqlens: .* got 13"),
+        ("cu", 3, 2**30, "cu_seqlens: .* got 1073741824"),
+        ("cu", 2, -(2**30), "cu_seqlens"),
+        ("cu", 1, 2**30, "cu_seqlens"),
+    ],
+)
+def test_device_reports_wild_paged_values(backend, rng, dtype, name, row, value, message):
+    case = paged(rng, dtype, 4, 1, 64, 16, [1, 11, 2], [100, 50, 40])
+    good = case.run()
+    getattr(case, name)[row] = value
+    out = case.run()
+    with pytest.raises(ValueError, match=message):
+        ops.check_device()
+    ops.check_device()
+    if name != "cu":
+        assert torch.equal(out[:1], good[:1])
+        assert out[1:].isfinite().all()
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cu", [(0, 3, 2, 4), (0, 5), (1, 4), (0, 3), (0, -9, 4), (0, 2**30, 4), (2**30, 4)])
+def test_device_reports_wild_segments(backend, rng, dtype, cu):
+    x = torch.randn(4, 2, 64, generator=rng).to(dtype)
+    ops.attention_varlen(x, x, x, ints(*cu))
+    with pytest.raises(ValueError, match="cu_seqlens: expected rising offsets"):
+        ops.check_device()
+
+
+@pytest.mark.parametrize("backend", ["emu"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_device_result_does_not_depend_on_the_order_of_threads(backend, rng, dtype, monkeypatch):
+    case = paged(rng, dtype, 4, 1, 64, 16, [1, 33, 8], [200, 90, 130])
+    q, k, v = torch.randn(140, 3, 4, 80, generator=rng).to(dtype).unbind(1)
+    cu = ints(0, 3, 140)
+    expected = case.run(), ops.attention_varlen(q, k, v, cu)
+    for seed in SEEDS:
+        monkeypatch.setenv("MING_EMU_SEED", seed)
+        assert torch.equal(case.run(), expected[0])
+        assert torch.equal(ops.attention_varlen(q, k, v, cu), expected[1])

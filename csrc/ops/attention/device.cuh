@@ -57,14 +57,13 @@ struct Sequence {
 __device__ __forceinline__ Sequence read_sequence(const Call& c, int32_t b) {
   const AttentionParams& p = c.p;
   const int32_t begin = p.cu_q[b], end = p.cu_q[b + 1];
-  Sequence s{begin, b, end - begin, end - begin};
+  const bool inside = begin >= 0 && begin <= end && end <= p.rows;
   // The ends of the list are its first and last sequence's to check.
-  const bool ends = (b > 0 || begin == 0) && (b + 1 < p.batch || end == p.rows);
-  if (!ends && threadIdx.x == 0) report(c.status, Fault::cu_seqlens, begin ? begin : end);
-  if (begin < 0 || begin > end || end > p.rows) {
-    if (threadIdx.x == 0) report(c.status, Fault::cu_seqlens, end);
-    return {0, b, 0, 0};
-  }
+  const bool starts = b > 0 || begin == 0, ends = b + 1 < p.batch || end == p.rows;
+  if (!(inside && starts && ends) && threadIdx.x == 0)
+    report(c.status, Fault::cu_seqlens, starts ? end : begin);
+  if (!inside) return {0, b, 0, 0};
+  Sequence s{begin, b, end - begin, end - begin};
   if (!p.page_table) return s;
   s.keys = p.kv_lens[b];
   if (s.keys != 0 && (s.keys < s.queries || s.keys > p.max_pages * p.page_size)) {
