@@ -62,14 +62,14 @@ def build(device: torch.device, size: str = "real", layers: int | None = None) -
     return Omni(config, RandomSource(dtype=torch.bfloat16, device=device))
 
 
-def engine(model: Omni, longest: int = PREFILL) -> Engine:
+def engine(model: Omni, device: Device, longest: int = PREFILL) -> Engine:
     """An engine whose steps take a whole prompt."""
     sequences = max(BATCHES)
     pages = sequences * -(-(CONTEXT + LONG) // PAGE) + -(-longest // PAGE) + 8
     options = EngineOptions(
         num_pages=pages, page_size=PAGE, max_num_seqs=sequences, max_num_batched_tokens=longest
     )
-    return Engine(model, NoText(), (), torch.bfloat16, options)  # type: ignore[arg-type]
+    return Engine(model, NoText(), (), torch.bfloat16, options, device)  # type: ignore[arg-type]
 
 
 class Prompts:
@@ -203,7 +203,7 @@ def measure(progress: Progress, device: Device, only: str = "") -> None:
         return
     try:
         model = build(device.torch)
-        server = engine(model)
+        server = engine(model, device)
     except Exception as error:
         progress.failed["thinker"] = f"{type(error).__name__}: {error}"[:500]
         return

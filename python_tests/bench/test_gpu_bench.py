@@ -14,6 +14,7 @@ bench = pytest.importorskip("ming_rt.bench", reason="the bench is part of the in
 
 from ming_rt.bench import gpu_report, gpu_run, gpu_thinker, gpu_timing, peers  # noqa: E402
 from ming_rt.bench.timing import Case, Row  # noqa: E402
+from ming_rt.runtime.device import Device  # noqa: E402
 
 FLUSH = 100e-6
 
@@ -300,7 +301,7 @@ def test_whole_model_rows_through_the_engine(monkeypatch):
     monkeypatch.setattr(gpu_thinker, "build", lambda device: build(device, size="tiny"))
     monkeypatch.setattr(gpu_thinker.Prompts.image, "__defaults__", ((1, 4, 6),))
     progress = gpu_run.Progress()
-    gpu_thinker.measure(progress, SimpleNamespace(torch=torch.device("cpu")))
+    gpu_thinker.measure(progress, Device())
     assert progress.failed == {}
     assert [row.shape for row in progress.rows] == [
         "decode batch 1 at 12",
@@ -308,7 +309,7 @@ def test_whole_model_rows_through_the_engine(monkeypatch):
         "prefill 40",
         "first token of a 20-token image prompt",
     ]
-    gpu_thinker.measure(progress, SimpleNamespace(torch=torch.device("cpu")), only="no such row")
+    gpu_thinker.measure(progress, Device(), only="no such row")
     assert len(progress.rows) == 4
 
 
