@@ -307,7 +307,7 @@ __device__ __forceinline__ int next_slot(int slot) {
 // The fragments of the next 16 k are read while the tensor cores work on these; a step's slot is refilled
 // after the barrier that all its readers have passed.
 template <class S, class Loader>
-__device__ __forceinline__ void sum_plain(unsigned char* shared, const Loader& loader, int steps,
+__device__ __forceinline__ void sum_plain(unsigned char* shared, const Loader& loader, int steps, int rows,
                                           Sums<S>& sums) {
   constexpr int kParts = S::kK / 16;
   const Place<S> at;
@@ -336,7 +336,7 @@ __device__ __forceinline__ void sum_plain(unsigned char* shared, const Loader& l
         cp_async_commit();
         free = next_slot<S>(free);
       }
-      fragments[part % 2].multiply(sums);
+      if (at.row < rows) fragments[part % 2].multiply(sums);
     }
   }
 }
@@ -504,7 +504,7 @@ __device__ __forceinline__ void run_tile(const Operands& o, const unsigned char*
   const Loader<S, std::remove_reference_t<XRow>> loader(o, w, scales, first_column, x_row);
   const int steps = int((o.w_row_bytes + S::kWRow - 1) / S::kWRow);
   if constexpr (S::kPlain)
-    sum_plain<S>(shared, loader, steps, sums);
+    sum_plain<S>(shared, loader, steps, rows, sums);
   else
     sum_quantised<S>(shared, loader, steps, rows, sums);
 

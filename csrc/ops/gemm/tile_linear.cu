@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kSimtThreads)
   const TileIndex at = tile_index(blockIdx.x, m_tiles, n_tiles);
   const int64_t first = int64_t(at.m) * kSimtM;
   const auto row = [&](int r) { return first + r < m ? first + r : int64_t(-1); };
-  run_simt_tile<float>(o, o.w, o.scales, at.n * kSimtN, row, row);
+  run_simt_tile(o, o.w, o.scales, at.n * kSimtN, row, row);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
-// One output tile of a matrix product in fp32 FMAs: float32 tensors, and any mixture of x in float32 or
-// bfloat16 with weights of any format.
+// One output tile of a matrix product in fp32 FMAs: float32 x with weights of any format.
 #pragma once
 
 #include "ops/gemm/tile_gemm.cuh"
@@ -10,18 +9,17 @@ namespace ming::cuda::tile {
 constexpr int kSimtM = 64, kSimtN = 64, kSimtK = 16, kSimtThreads = 128;
 
 // Eight values from k on of a row of `size` values; zeros behind it, or for no row.
-template <typename T>
-__device__ __forceinline__ void read_eight(const T* row, int k, int size, bool wide, float (&v)[8]) {
+__device__ __forceinline__ void read_eight(const float* row, int k, int size, bool wide, float (&v)[8]) {
   if (row && wide && k + 8 <= size) {
 #pragma unroll
-    for (int i = 0; i < 8; i += kWide<T>) {
-      const Vec<T, kWide<T>> piece = load<kWide<T>>(row + k + i);
+    for (int i = 0; i < 8; i += 4) {
+      const Vec<float, 4> piece = load<4>(row + k + i);
 #pragma unroll
-      for (int j = 0; j < kWide<T>; ++j) v[i + j] = to_float(piece.at[j]);
+      for (int j = 0; j < 4; ++j) v[i + j] = piece.at[j];
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = row && k + i < size ? to_float(row[k + i]) : 0.0f;
+    for (int i = 0; i < 8; ++i) v[i] = row && k + i < size ? row[k + i] : 0.0f;
   }
 }
 
@@ -45,8 +43,8 @@ __device__ __forceinline__ void read_weight(WeightFormat format, const unsigned 
   }
 }
 
-// As run_tile; x of X, plain weights float32.
-template <typename X, typename XRow, typename YRow>
+// As run_tile.
+template <typename XRow, typename YRow>
 __device__ __forceinline__ void run_simt_tile(const Operands& o, const unsigned char* w, const bf16* scales,
                                               int first_column, XRow&& x_row, YRow&& y_row) {
   constexpr int kPitch = kSimtM + 4;
@@ -55,7 +53,7 @@ __device__ __forceinline__ void run_simt_tile(const Operands& o, const unsigned 
   MING_SHARED(float, ws, [2][kSimtK][kPitch]);
   const int row = threadIdx.x % 64, k_first = threadIdx.x / 64 * 8;
   const int64_t from = x_row(row);
-  const X* const x = from < 0 ? nullptr : static_cast<const X*>(o.x) + from * o.x_stride;
+  const float* const x = from < 0 ? nullptr : static_cast<const float*>(o.x) + from * o.x_stride;
   const int column = first_column + row;
   const bool present = column < o.w_rows;
   const unsigned char* const w_from = present ? w + column * o.w_row_bytes : nullptr;

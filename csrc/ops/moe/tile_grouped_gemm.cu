@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kSimtThreads)
   with_group_tile<kSimtThreads, kSimtM, kSimtN>(
       o, g, status,
       [&](const unsigned char* w, const bf16* scales, int column, int, auto& x_row, auto& y_row) {
-        run_simt_tile<float>(o, w, scales, column, x_row, y_row);
+        run_simt_tile(o, w, scales, column, x_row, y_row);
       });
 }
 
