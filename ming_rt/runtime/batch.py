@@ -29,7 +29,7 @@ class Batch:
     positions: torch.Tensor
     """i32 ``[3, N]``: (t, h, w); equal on all axes for text and for the 1-D generations."""
     slots: torch.Tensor
-    """i64 ``[N]``: where each token's keys and values go, ``page * page_size + offset``."""
+    """i64 ``[N]``: where each token's keys and values go, ``page * page_size + offset``; -1 = nowhere."""
     page_table: torch.Tensor
     """i32 ``[B, max_pages]``: the pages of each sequence in order; entries past its length are never read."""
     cu_seqlens_q: torch.Tensor

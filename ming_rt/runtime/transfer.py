@@ -69,7 +69,7 @@ def fetch(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         copy.copy_(tensor, non_blocking=True)
     if not cuda:
         return lambda: copies
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=True)  # leaves the core to those who read the answers
     event.record()
 
     def wait() -> list[torch.Tensor]:

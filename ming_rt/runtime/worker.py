@@ -252,7 +252,10 @@ class Worker:
         return flight
 
     def _collect(self, flight: _Flight) -> None:
-        """Wait for a step and give its tokens to those of its requests that still run."""
+        """Wait for a step and give its tokens to those of its requests that still run.
+
+        A step without tokens, in the middle of a prompt, is not waited for: a fault in it shows in the next.
+        """
         try:
             if flight.problem is not None:
                 raise flight.problem

@@ -115,9 +115,9 @@ def test_equals_the_steps_from_the_host_bit_for_bit(family):
 
 
 @pytest.mark.parametrize("device", [b for b in BACKENDS if b in ("emu", "cuda")], indirect=True)
-@pytest.mark.parametrize("dense", [3])
-def test_equals_the_steps_from_the_host_on_a_device(device, dense):
-    config = tiny_config("flash", first_k_dense_replace=dense)
+@pytest.mark.parametrize("family", ["v1.5", "flash"])
+def test_equals_the_steps_from_the_host_on_a_device(device, family):
+    config = tiny_config(family, num_hidden_layers=2)
     with torch.inference_mode(), device_stream(device):
         thinker = Thinker(config, RandomSource(0, torch.float32, device=device.torch))
         capture = CudaCapture() if device.kind == "cuda" else run_directly
