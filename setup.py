@@ -104,7 +104,7 @@ def cpu_objects():
                 yield Object(f"{source.stem}_{isa}.o", source, flags=(*flags, f"-DMING_ISA={isa}"))
 
 
-CPU_ONLY_BINDINGS = ("moe", "resize", "spectral")
+CPU_ONLY_BINDINGS = ("resize", "spectral")
 
 
 def cuda_objects():

@@ -62,6 +62,13 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(params=ops.available_isas())
+def isa(request):
+    """Each instruction set of this CPU."""
+    with using(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=BACKENDS)
 def device(request):
     """The device of each backend, for whole models; tensors have to be put there."""

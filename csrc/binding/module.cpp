@@ -14,9 +14,9 @@ namespace py = pybind11;
 namespace ming::binding {
 void register_attention(py::module_& m);
 void register_decode(py::module_& m);
+void register_embed(py::module_& m);
 void register_experts(py::module_& m);
 void register_gemm(py::module_& m);
-void register_embed(py::module_& m);
 void register_image(py::module_& m);
 void register_moe(py::module_& m);
 void register_norm(py::module_& m);
@@ -53,7 +53,6 @@ PYBIND11_MODULE(MING_MODULE, m) {
   m.def("set_num_threads", &set_num_threads);
   binding::register_spectral(m);
   binding::register_resize(m);
-  binding::register_moe(m);
 #endif
   binding::register_attention(m);
   binding::register_decode(m);
@@ -61,6 +60,7 @@ PYBIND11_MODULE(MING_MODULE, m) {
   binding::register_experts(m);
   binding::register_gemm(m);
   binding::register_image(m);
+  binding::register_moe(m);
   binding::register_norm(m);
   binding::register_rope(m);
   binding::register_sampling(m);

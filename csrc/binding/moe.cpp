@@ -21,7 +21,7 @@ void moe_route(py::object x_, py::object routers_, py::object bias_, py::object 
   TensorView modality = call.optional("modality", modality_, {DType::u8}, {"N"});
   TensorView ids = call.dense("topk_ids", topk_ids_, {DType::i32}, {"N", "top_k"});
   TensorView weights = call.dense("topk_weights", topk_weights_, {DType::f32}, {"N", "top_k"});
-  if (modality)
+  if (kReadsValues && modality)
     for (int64_t t = 0; t < modality.shape[0]; ++t)
       call.expect(
           modality.ptr<uint8_t>()[t] < routers.shape[0],
@@ -55,8 +55,7 @@ void moe_route(py::object x_, py::object routers_, py::object bias_, py::object 
   p.dtype = x.dtype;
   p.kind = sigmoid ? RouterKind::grouped_sigmoid : RouterKind::softmax;
   p.normalize = normalize;
-  py::gil_scoped_release release;
-  cpu::moe_route(p);
+  call.run(MING_KERNEL(moe_route), p);
 }
 
 void moe_permute(py::object topk_ids_, py::object rows_, py::object offsets_) {
@@ -67,11 +66,10 @@ void moe_permute(py::object topk_ids_, py::object rows_, py::object offsets_) {
   const int64_t slots = ids.shape[0] * ids.shape[1], experts = offsets.shape[0] - 1;
   call.expect(rows.shape[0] == slots && experts >= 1 && experts <= kMaxExperts && slots < INT32_MAX,
               "expected rows [N * top_k] and offsets [experts + 1]");
-  in_range(call, "topk_ids", ids.ptr<int32_t>(), slots, experts);
+  if (kReadsValues) in_range(call, "topk_ids", ids.ptr<int32_t>(), slots, experts);
   MoePermuteParams p{ids.ptr<int32_t>(), rows.ptr<int32_t>(), offsets.ptr<int32_t>(), slots,
                      int32_t(experts)};
-  py::gil_scoped_release release;
-  cpu::moe_permute(p);
+  call.run(MING_KERNEL(moe_permute), p);
 }
 
 void moe_combine(py::object expert_out_, py::object topk_weights_, py::object shared_, py::object y_) {
@@ -84,8 +82,7 @@ void moe_combine(py::object expert_out_, py::object topk_weights_, py::object sh
   call.expect(weights.shape[1] >= 1 && in.shape[1] >= 1, "expected positive top_k and H");
   MoeCombineParams p{in.data,          weights.ptr<float>(),      shared.data, y.data, y.shape[0], y.shape[1],
                      shared.stride[0], int32_t(weights.shape[1]), in.dtype};
-  py::gil_scoped_release release;
-  cpu::moe_combine(p);
+  call.run(MING_KERNEL(moe_combine), p);
 }
 
 }  // namespace

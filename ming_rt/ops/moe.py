@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ming_rt.ops._native import cpu
+from ming_rt.ops._native import kernels
 from ming_rt.ops.packed import PackedWeight, layout_of, pack_weight
 
 RouterKind = Literal["softmax", "grouped_sigmoid"]
@@ -72,10 +72,10 @@ def moe_route(
         raise ValueError(f"moe_route: expected kind 'softmax' or 'grouped_sigmoid', got {kind!r}")
     sigmoid = kind == "grouped_sigmoid"
     tokens = x.shape[0]
-    ids = torch.empty((tokens, top_k), dtype=torch.int32)
-    weights = torch.empty((tokens, top_k), dtype=torch.float32)
-    logits = torch.empty((tokens, routers.experts), dtype=torch.float32)
-    cpu.moe_route(
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=x.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=x.device)
+    logits = torch.empty((tokens, routers.experts), dtype=torch.float32, device=x.device)
+    kernels(x).moe_route(
         x,
         routers.data,
         routers.bias,
@@ -102,9 +102,9 @@ def moe_permute(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         rows int32 [N * top_k], the slot at each place;
         offsets int32 [num_experts + 1], each expert's first place.
     """
-    rows = torch.empty(topk_ids.numel(), dtype=torch.int32)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32)
-    cpu.moe_permute(topk_ids, rows, offsets)
+    rows = torch.empty(topk_ids.numel(), dtype=torch.int32, device=topk_ids.device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
+    kernels(topk_ids).moe_permute(topk_ids, rows, offsets)
     return rows, offsets
 
 
@@ -113,8 +113,8 @@ def moe_combine(y: Tensor, topk_weights: Tensor, shared: Tensor | None = None) -
 
     y: [N * top_k, H] in slot order; topk_weights: float32 [N, top_k]; shared: [N, H]. Returns [N, H].
     """
-    out = torch.empty((topk_weights.shape[0], y.shape[1]), dtype=y.dtype)
-    cpu.moe_combine(y, topk_weights, shared, out)
+    out = torch.empty((topk_weights.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
+    kernels(y).moe_combine(y, topk_weights, shared, out)
     return out
 
 
@@ -146,7 +146,7 @@ def moe_route_torch(
         biased = scores + (bias[0] if modality is None else bias[modality.long()])
         groups = biased.view(x.shape[0], n_group, -1)
         kept = groups.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
-        mask = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter_(1, kept, True)[..., None]
+        mask = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, kept, True)[..., None]
         ids = groups.masked_fill(~mask, -torch.inf).flatten(1).topk(top_k, dim=-1).indices
     ids = ids.sort(dim=-1).values
     chosen = scores.gather(1, ids)
@@ -159,7 +159,7 @@ def moe_permute_torch(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     """``moe_permute`` as a plain torch composition."""
     flat = topk_ids.flatten().long()
     counts = torch.bincount(flat, minlength=num_experts)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return flat.argsort(stable=True).int(), offsets.int()
 
 

@@ -63,7 +63,7 @@ ON_DEVICE = ("emu", "cuda")
 @pytest.mark.parametrize("options", ROUTES, ids=lambda o: f"{o['kind']}-top{o['top_k']}")
 @pytest.mark.parametrize("experts", [16, 64, 256])
 def test_route_matches_float64(backend, rng, experts, options, dtype):
-    tokens = 6 if backend == "emu" else 37  # slow there
+    tokens = 3 if backend == "emu" else 37  # slow there
     x = torch.randn(tokens, 50, generator=rng).to(dtype)
     routers = make_routers(rng, 3, experts, 50)
     modality = torch.randint(0, 3, (tokens,), generator=rng, dtype=torch.uint8)
@@ -78,7 +78,7 @@ def test_route_matches_float64(backend, rng, experts, options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "experts"),
-    [(1, 64, 5), (3, 40, 7), (9, 4104, 3), (6, 2056, 130), (70, 50, 20), (70, 72, 70), (200, 40, 40)],
+    [(1, 64, 5), (3, 40, 7), (9, 4104, 3), (5, 1032, 130), (70, 50, 20), (70, 72, 70), (200, 40, 40)],
 )
 def test_logits_of_every_kernel(backend, rng, tokens, hidden, experts, dtype):
     """Numbers of rows and alignments that CUDA kernels of their own serve; unused memory is poisoned."""

@@ -24,6 +24,10 @@ constexpr int kMaxRouted = 256;  // the most experts of a token, and groups of e
 // w = s[chosen]; if top_k > 1, w /= sum(w) (softmax, if normalize) or sum(w) + 1e-20 (grouped_sigmoid);
 // w *= scaling. Ties go to the lower id, NaN scores count as -infinity. The chosen ids are stored in
 // ascending order.
+//
+// On a device a modality without a router is reported and takes router 0. Sums run in an order fixed by H
+// within each of the regimes of route_logits.cu: up to 64 rows; more of them in bfloat16; all others. There a
+// token's result depends on nothing but that token.
 struct MoeRouteParams {
   const void* x;            // [N, H] of `dtype`, row stride x_stride
   const float* routers;     // [R] packed float32 weights of [E, H]
@@ -41,7 +45,8 @@ struct MoeRouteParams {
   bool normalize;
 };
 
-// Stable counting sort of the slots by expert.
+// Stable counting sort of the slots by expert. On a device an id outside its range is reported and counts as
+// the nearest inside: `rows` names every slot once in any case.
 struct MoePermuteParams {
   const int32_t* topk_ids;  // [slots], values < experts
   int32_t* rows;            // [slots], the slot at each place of the grouped order
@@ -84,8 +89,8 @@ struct MoeCombineParams {
   DType dtype;
 };
 
-MING_CPU_OP(moe_route, MoeRouteParams)
-MING_CPU_OP(moe_permute, MoePermuteParams)
+MING_OP(moe_route, MoeRouteParams)
+MING_OP(moe_permute, MoePermuteParams)
 MING_OP(grouped_gemm_swiglu, GroupedGemmParams)
 MING_OP(grouped_gemm_down, GroupedGemmParams)
 namespace cuda {
@@ -93,6 +98,6 @@ namespace cuda {
 // `always`, would not pay.
 int64_t grouped_gemm_workspace(const GroupedGemmParams& p, bool gated, bool always);
 }  // namespace cuda
-MING_CPU_OP(moe_combine, MoeCombineParams)
+MING_OP(moe_combine, MoeCombineParams)
 
 }  // namespace ming
