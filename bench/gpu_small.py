@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ming_rt import ops
 
+from .gpu_timing import first_line
+
 TOLERANCE = 2e-2  # |ours - CPU| / |CPU|; bfloat16 results
 BF16 = torch.bfloat16
 
@@ -213,7 +215,7 @@ def run(kind: str, only: str = "") -> int:
             worst = compare(case, kind)
             good, text = worst <= TOLERANCE, f"{worst:.1e}"
         except Exception as error:
-            good, text = False, f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:200]
+            good, text = False, f"{type(error).__name__}: {first_line(error)}"
         wrong += not good
         print(f"{name:<24} {'ok' if good else 'WRONG'} {text}", flush=True)
     return wrong

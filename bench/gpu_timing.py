@@ -79,7 +79,7 @@ class CudaClock:
                         call()
         except Exception as error:
             torch.cuda.synchronize()
-            raise NotCapturableError(_first_line(error)) from error
+            raise NotCapturableError(first_line(error)) from error
         return graph.replay
 
     def flush(self) -> None:
@@ -182,7 +182,7 @@ def competitors(clock: Clock, case: Case) -> tuple[list[Runner], dict[str, str]]
         except SkippedError as reason:
             skipped[name] = str(reason)
         except Exception as error:
-            skipped[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+            skipped[name] = f"failed: {type(error).__name__}: {first_line(error)}"
     return runners, skipped
 
 
@@ -240,5 +240,6 @@ def measure(clock: Clock, case: Case, seconds: float = 0.1) -> Row:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to its first line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
