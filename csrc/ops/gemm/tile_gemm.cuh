@@ -548,14 +548,16 @@ using Medium = std::conditional_t<F == WeightFormat::plain, Shape<F, 64, 128, 32
 template <WeightFormat F>
 using Small = Shape<F, 32, 64, 64, 6, 1, 4, 3>;
 
-// Calls launch(Shape) with the shape that takes the least time for `groups` products of `rows` by `columns`
-// each: rounds of the multiprocessors x size of a tile / share of the peak it reaches.
+// Calls launch(Shape) with the shape that takes the least time for a product of `rows` by `columns`, or for
+// `groups` of them with so many rows on average: rounds of the multiprocessors x size of a tile / share of
+// the peak it reaches. Groups of unlike sizes leave half a tile of rows empty.
 template <WeightFormat F, typename Launch>
 void with_shape(int64_t groups, int64_t rows, int64_t columns, Launch&& launch) {
   const int64_t processors = sm_count();
   const auto time = [&](auto shape, double share) {
     using S = decltype(shape);
-    const int64_t tiles = groups * ceil_div(rows, S::kM) * ceil_div(columns, S::kN);
+    const int64_t halves = groups == 1 ? 2 * ceil_div(rows, S::kM) : ceil_div(2 * rows, S::kM) + 1;
+    const int64_t tiles = groups * (halves > 2 ? halves : 2) * ceil_div(columns, S::kN) / 2;
     return double(ceil_div(tiles, processors) * S::kM * S::kN) / share;
   };
   const double small = time(Small<F>{}, 0.5), medium = time(Medium<F>{}, 0.8), large = time(Large<F>{}, 1.0);
