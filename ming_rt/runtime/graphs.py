@@ -11,6 +11,7 @@ so that they read no weights that are not read anyway.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,6 +42,8 @@ class CudaCapture:
     The graphs share one pool of memory: they never run at once, and leave nothing there for each other.
     """
 
+    _one_at_a_time = threading.Lock()  # torch records one graph at a time in a process
+
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -49,7 +52,8 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         # In the thread's own stream; what other threads do meanwhile is not part of it and does not end it.
         stream = torch.cuda.current_stream()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+        with self._one_at_a_time, recording:
             step()
         return graph.replay
 
