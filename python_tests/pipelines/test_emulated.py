@@ -1,4 +1,4 @@
-"""Whole sessions on the emulated CUDA kernels: the answers are the CPU's. Short, for the emulation is slow."""
+"""Whole sessions on the emulated CUDA kernels answer as on the CPU. Short, for the emulation is slow."""
 
 from __future__ import annotations
 
