@@ -46,6 +46,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 QUANTS = get_args(Quant)
 PAGE_SIZE = 32
+BATCHED_TOKENS = {"cpu": 512, "emu": 512, "cuda": 4096}
 MAX_THREADS = 1024  # of the kernels' thread pool
 # On the CPU:
 KV_SHARE = 0.25  # of the free memory
@@ -108,7 +109,8 @@ class Session:
         max_model_len: longest prompt + answer in tokens; None = what the model was trained for, or what the
             cache holds if that is less.
         max_num_seqs: requests that run at the same time; more wait.
-        max_num_batched_tokens: tokens computed in one step; longer prompts are cut into several steps.
+        max_num_batched_tokens: tokens computed in one step; longer prompts are cut into several steps. None =
+            512, on a GPU 4096: enough to be bound by arithmetic, few enough not to hold up other requests.
         gpu_memory_utilization: share of a GPU's memory, above 0 to 1, that may be full in the end: with what
             others use, weights, activations and KV cache.
         limits: caps on what one request may bring.
@@ -133,7 +135,7 @@ class Session:
         kv_bytes: int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
@@ -152,6 +154,8 @@ class Session:
                 )
         if not isinstance(limits, Limits):
             raise InvalidRequestError(f"limits: expected Limits, got {shown(limits)}")
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = BATCHED_TOKENS[place.kind]
         options = EngineOptions(
             page_size=PAGE_SIZE, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
