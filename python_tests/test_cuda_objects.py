@@ -16,7 +16,10 @@ from ming_rt import ops
 
 GENERAL, HOPPER = "sm_80", "sm_90a"
 # Kernels that may use local memory, with the reason.
-LOCAL_MEMORY = {"rope_table": "the range reduction of large angles indexes a table"}
+LOCAL_MEMORY = {
+    "rope_table": "the range reduction of large angles indexes a table",
+    "attention_plain": "the form for any dtype, head_dim and stride; bfloat16 models run on tensor cores",
+}
 
 
 @dataclass(frozen=True)

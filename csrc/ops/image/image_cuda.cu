@@ -11,6 +11,11 @@ using namespace ming::gpu;
 constexpr int kThreads = 128;
 constexpr int kPatch = 14, kPlane = kPatch * kPatch, kRow = 3 * 2 * kPlane;
 
+// Without a run-time index, which would put the array into local memory.
+__device__ __forceinline__ float pick(const float (&of)[3], int channel) {
+  return channel == 0 ? of[0] : channel == 1 ? of[1] : of[2];
+}
+
 template <typename S>
 __global__ void __launch_bounds__(kThreads) patchify_kernel(const PatchifyParams p) {
   const int row = int(blockIdx.x), patch = row % 4, cell = row / 4;
@@ -25,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) patchify_kernel(const PatchifyParams
     const int c = i / (2 * kPlane), t = p.frames == 1 ? 0 : i / kPlane % 2;
     const int y = i % kPlane / kPatch, x = i % kPatch;
     const double pixel = double(src[t * frame + y * line + 3 * x + c]);
-    to[i] = (float(pixel * (1.0 / 255.0)) - p.mean[c]) / p.std[c];
+    to[i] = (float(pixel * (1.0 / 255.0)) - pick(p.mean, c)) / pick(p.std, c);
   }
 }
 
