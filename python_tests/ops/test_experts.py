@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from conftest import BACKENDS
 from tolerances import assert_close
 
 from ming_rt import ops
+from ming_rt.ops import experts as experts_module
 
 DTYPES = [torch.float32, torch.bfloat16]
 DEVICES = [backend for backend in BACKENDS if backend not in ops.ISAS]
@@ -179,6 +182,29 @@ def test_prefill_kernel_is_checked():
         ValueError, match="set_prefill_kernel: expected 'auto', 'mma' or 'cutlass', got 'fast'"
     ):
         ops.set_prefill_kernel("fast")
+
+
+@pytest.mark.parametrize("backend", DEVICES, indirect=True)
+def test_prefill_kernels_are_compared(backend):
+    """On a Hopper GPU CUTLASS against the general kernel, elsewhere that with itself."""
+    assert 0 <= experts_module._difference(torch.empty(0).device) <= 0.05
+
+
+@pytest.mark.parametrize("found", [0.2, float("nan"), RuntimeError("no kernel image")])
+def test_a_prefill_kernel_that_disagrees_is_not_used(monkeypatch, found):
+    def difference(device):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(experts_module, "_difference", difference)
+    monkeypatch.setattr(experts_module, "_hopper_agrees", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.warns(RuntimeWarning, match="CUTLASS.* on cpu; the general kernel is used"):
+        assert not experts_module._agrees(torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not experts_module._agrees(torch.device("cpu"))  # known: no second warning
 
 
 def test_bad_arguments(rng):

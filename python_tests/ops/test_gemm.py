@@ -10,7 +10,7 @@ from conftest import BACKENDS
 from tolerances import assert_close
 
 from ming_rt import ops
-from ming_rt.ops.gemm import linear_epilogue
+from ming_rt.ops.gemm import LIBRARY_ROWS, linear_epilogue
 
 DTYPES = [torch.float32, torch.bfloat16]
 SOURCES = [torch.float32, torch.float16, torch.bfloat16]
@@ -160,6 +160,24 @@ def test_linear_swiglu_matches_float64(backend, rng, rows, shape, dtype):
     assert_close(
         ops.linear_swiglu(x, packed, bias), ops.linear_swiglu_torch(x.double(), plain, bias.double())
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [96, 33])
+def test_rows_for_a_library(backend, rng, k, dtype):
+    """So many rows that a GPU gives bfloat16 products to cuBLAS."""
+    x, w, up = (weight(rng, n, k, dtype) for n in (LIBRARY_ROWS + 2, 40, 40))
+    x, bias = x * k**0.5, torch.randn(80, generator=rng).to(dtype)
+    packed, gated = ops.pack_weight(w, dtype), ops.pack_gate_up(w, up, dtype)
+    assert_close(ops.linear(x, packed), ops.linear_torch(x.double(), w.double()))
+    exact = ops.linear_torch(x.double(), w.double(), bias[:40].double(), act="gelu")
+    assert_close(ops.linear(x, packed, bias[:40], act="gelu", out_dtype=torch.float32), exact)
+    y = ops.linear(x, packed, bias[:40], act="gelu")
+    assert_close(y, exact)
+    residual = torch.randn(len(x), 40, generator=rng).to(dtype)
+    assert torch.equal(ops.linear(x, packed, bias[:40], act="gelu", residual=residual), y + residual)
+    swiglu = ops.linear_swiglu_torch(x.double(), torch.cat([w, up]).double(), bias.double())
+    assert_close(ops.linear_swiglu(x, gated, bias), swiglu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
