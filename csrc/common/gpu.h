@@ -189,18 +189,19 @@ __device__ __forceinline__ V load_once(const void* from) {
   return v;
 }
 
-// The same to global memory for 16 bytes. Behind a loop the compiler makes several small stores of store().
-template <typename V>
-__device__ __forceinline__ void store_global(void* to, const V& values) {
-  static_assert(sizeof(V) == 16);
-  uint4 v;
-  std::memcpy(&v, &values, sizeof(v));
-#if defined(MING_EMU)
-  std::memcpy(to, &v, sizeof(v));
-#else
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+// The same to global memory, as one access for certain: of store() the compiler sometimes makes several.
+template <int Count, typename T>
+__device__ __forceinline__ void store_global(T* to, const Vec<T, Count>& values) {
+#if !defined(MING_EMU)
+  if constexpr (sizeof(values) == 16) {
+    uint4 v;
+    std::memcpy(&v, &values, sizeof(v));
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+    return;
+  }
 #endif
+  store(to, values);
 }
 // Values of T in a 16-byte access.
 template <typename T>

@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 template <typename T, int Step>
 __device__ __forceinline__ void copy_row(const T* from, T* to, int64_t hidden) {
   const int64_t i = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * Step;
-  if (i < hidden) store(to + i, load<Step>(from + i));
+  if (i < hidden) store_global(to + i, load<Step>(from + i));
 }
 
 template <typename T, int Step>

@@ -186,18 +186,17 @@ __global__ void __launch_bounds__(Threads) permute_kernel(const MoePermuteParams
   const int expert = int(blockIdx.x), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t part = ceil_div(p.slots, Threads) * 32, begin = warp * part;
   const int64_t end = begin + part < p.slots ? begin + part : p.slots;
-  const auto expert_of = [&](int64_t slot) {
-    const int id = p.topk_ids[slot];
-    return id < 0 ? 0 : id < p.experts ? id : p.experts - 1;
-  };
+  const int32_t* __restrict__ ids = p.topk_ids;
+  int32_t* __restrict__ rows = p.rows;
+  const auto inside = [&](int id) { return id < 0 ? 0 : id < p.experts ? id : p.experts - 1; };
 
   int below = 0, mine = 0;
 #pragma unroll 4
   for (int64_t slot = begin + lane; slot < end; slot += 32) {
-    const int id = expert_of(slot);
+    const int given = ids[slot], id = inside(given);
     below += id < expert;
     mine += id == expert;
-    if (expert == 0 && id != p.topk_ids[slot]) report(status, Fault::expert, p.topk_ids[slot]);
+    if (expert == 0 && id != given) report(status, Fault::expert, given);
   }
   below = warp_total(below);
   mine = warp_total(mine);
@@ -217,13 +216,20 @@ __global__ void __launch_bounds__(Threads) permute_kernel(const MoePermuteParams
     if (expert == p.experts - 1) p.offsets[p.experts] = int32_t(p.slots);
   }
   if (mine == 0) return;
-#pragma unroll 4
-  for (int64_t at = begin; at < end; at += 32) {
-    const int64_t slot = at + lane;
-    const bool is_mine = slot < end && expert_of(slot) == expert;
-    const uint32_t votes = __ballot_sync(kAllLanes, is_mine);
-    if (is_mine) p.rows[place + __popc(votes & ((1u << lane) - 1))] = int32_t(slot);
-    place += __popc(votes);
+  constexpr int kRounds = 4;  // whose ids are loaded before the first is used
+  for (int64_t at = begin; at < end; at += 32 * kRounds) {
+    bool is_mine[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int64_t slot = at + 32 * i + lane;
+      is_mine[i] = slot < end && inside(ids[slot]) == expert;
+    }
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const uint32_t votes = __ballot_sync(kAllLanes, is_mine[i]);
+      if (is_mine[i]) rows[place + __popc(votes & ((1u << lane) - 1))] = int32_t(at + 32 * i + lane);
+      place += __popc(votes);
+    }
   }
 }
 
@@ -273,10 +279,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const MoeCombi
 #pragma unroll
   for (int s = 0; s < Step; ++s)
     out.at[s] = from_float<T>(Shared ? rounded<T>(sum[s]) + to_float(shared.at[s]) : sum[s]);
-  if constexpr (kWideStep)
-    store_global(y, out);
-  else
-    store(y, out);
+  store_global(y, out);
 }
 
 template <typename T, int Step>
