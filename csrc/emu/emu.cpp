@@ -121,6 +121,7 @@ struct Machine {
   std::vector<Shared> shared;
   std::vector<uint32_t> order;
   void* dynamic = nullptr;
+  bool seeded = false;  // threads run in an order of MING_EMU_SEED
   int current = 0, count = 0, alive = 0, at_barrier = 0;
   Body body{};
   std::string problem;
@@ -289,12 +290,17 @@ void run_block(size_t shared_bytes) {
   }
   while (m.alive > 0) {
     bool moved = false;
-    for (uint32_t i : m.order) {
-      if (m.fibers[i].state != State::ready) continue;
-      run(int(i));
-      moved = true;
-      if (!m.problem.empty()) return;
-    }
+    const int turn = m.seeded ? 32 : m.count;  // threads that go on as far as they come
+    for (int begin = 0; begin < m.count; begin += turn)
+      for (bool again = true; again;) {
+        again = false;
+        for (int i = begin; i < std::min(begin + turn, m.count); ++i) {
+          if (m.fibers[m.order[i]].state != State::ready) continue;
+          run(int(m.order[i]));
+          moved = again = true;
+          if (!m.problem.empty()) return;
+        }
+      }
     if (moved) continue;
     std::string waiting;
     for (int i = 0; i < m.count && waiting.empty(); ++i)
@@ -397,10 +403,20 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Body b
   m.warps.resize(kMaxThreads / 32);
   m.body = body;
   m.problem.clear();
+  const char* seed = std::getenv("MING_EMU_SEED");
+  m.seeded = seed && *seed;
   m.order.resize(threads);
   std::iota(m.order.begin(), m.order.end(), 0u);
-  const char* seed = std::getenv("MING_EMU_SEED");
-  if (seed && *seed) std::shuffle(m.order.begin(), m.order.end(), std::mt19937(unsigned(std::atoi(seed))));
+  if (m.seeded) {  // the warps, and the lanes of each
+    std::mt19937 random(unsigned(std::atoi(seed)));
+    std::vector<uint32_t> rank(threads);
+    std::iota(rank.begin(), rank.end(), 0u);
+    std::shuffle(rank.begin(), rank.end(), random);
+    if (threads % 32) rank[threads / 32 * 32] = uint32_t(threads);  // the warp that is not full stays last
+    std::sort(m.order.begin(), m.order.end(), [&](uint32_t a, uint32_t b) {
+      return a / 32 == b / 32 ? rank[a] < rank[b] : rank[a / 32 * 32] < rank[b / 32 * 32];
+    });
+  }
   block_size = block;
   grid_size = grid;
   for (uint32_t z = 0; z < grid.z; ++z)

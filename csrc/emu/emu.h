@@ -6,7 +6,8 @@
 //   - shared memory is an allocation of its exact size per block, filled with NaN: AddressSanitizer sees an
 //     overrun, a test sees a value nobody wrote;
 //   - cp.async data arrive at the wait and not earlier;
-//   - MING_EMU_SEED=n runs the threads of a block in another order, so that a missing barrier shows.
+//   - MING_EMU_SEED=n takes warps and lanes in another order and lets a warp go on as far as it comes before
+//     the next one runs, so that a missing barrier shows. Without it all threads advance together.
 //
 // Warp operations take all 32 lanes of a warp (those that have not returned). Launches take turns.
 #pragma once
