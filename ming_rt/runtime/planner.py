@@ -56,7 +56,8 @@ def activation_bytes(config: OmniConfig, dtype: torch.dtype, tokens: int, sequen
 
     A step: the residual stream, then the larger of the attention's and the feed-forward's tensors, for every
     token; and for every answer its float32 logits with two copies. An encoder: the same sum over its rows. A
-    tenth is added, since freed tensors leave gaps.
+    product of the library that has a bias, a residual or a gate leaves float32 sums beside its result, each
+    as large as two values of bfloat16. A tenth is added, since freed tensors leave gaps.
     """
     size = dtype.itemsize
     rows = [thinker_values(config.thinker) * tokens * size + 3 * 4 * config.thinker.vocab_size * sequences]
@@ -73,22 +74,27 @@ def thinker_values(config: ThinkerConfig) -> int:
     stream = 4 * hidden  # embeddings, residual, its norm, the block's output
     # The projection of all heads, rotated queries, the attention's output.
     attention = (3 * heads + 2 * config.num_key_value_heads) * config.head_dim
-    dense = config.intermediate_size or 0
-    # Of each chosen expert its inner row, its output and 12 bytes of routing; the shared expert; the logits.
+    # The sums of gate and up, and the inner row.
+    dense = 5 * (config.intermediate_size or 0) if config.num_dense_layers else 0
+    # Of each chosen expert its inner row, its output and 12 bytes of routing; the shared expert's sums and
+    # inner row, or that and its output; the logits.
     chosen = config.num_experts_per_tok * (config.moe_intermediate_size + hidden + 6)
-    shared = config.num_shared_experts * config.moe_intermediate_size + hidden
+    width = config.num_shared_experts * config.moe_intermediate_size
+    shared = max(5 * width, width + hidden)
     return stream + max(attention, dense, chosen + shared + 2 * config.num_experts)
 
 
 def vision_values(config: VisionConfig) -> int:
     """Values per patch that a block has at once; every patch also has its row of cosines and sines."""
     stream = 3 * config.hidden_size + 2 * config.head_dim
-    return stream + max(5 * config.hidden_size, 2 * config.intermediate_size)
+    # The projection of all heads with its sums; the sums of gate and up, and the inner row.
+    return stream + max(9 * config.hidden_size, 5 * config.intermediate_size)
 
 
 def audio_values(config: WhisperConfig | SanmConfig) -> int:
-    """Values per encoder frame that a block has at once, with what its convolutions unfold."""
+    """Values per encoder frame that a block has at once, with what its convolution unfolds."""
     if isinstance(config, WhisperConfig):
-        return 3 * config.n_state + max(5 * config.n_state, 6 * config.n_mels)
+        return 3 * config.n_state + 3 * 4 * config.n_state  # the inner row, four times as wide, with its sums
     unfolded = 2 * config.kernel_size * config.output_size  # in float32
-    return 4 * config.output_size + max(unfolded, config.linear_units, 2 * config.input_size)
+    inner = 3 * max(config.linear_units, 3 * config.output_size)  # with its sums
+    return 4 * config.output_size + max(unfolded, inner, 2 * config.input_size)
