@@ -252,7 +252,9 @@ class CheckpointSource:
         """
         self.checkpoint.drop_pages()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the model may be used on any stream
+            # The model may be used on any stream. Waiting for the whole device would end graphs that other
+            # threads are recording.
+            torch.cuda.current_stream(self.device).synchronize()
             torch.cuda.empty_cache()
 
     def _copy(self, info: TensorInfo, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -404,14 +404,20 @@ def _timings(request: Request) -> Timings:
 
 @contextmanager
 def device_stream(device: Device) -> Iterator[None]:
-    """Runs the thread's work on a GPU in a stream of its own, behind what has prepared model and cache."""
+    """Runs the thread's work on a GPU in a stream of its own, behind what has prepared model and cache.
+
+    Waits for that work in the end: then model and cache may be freed, on whatever stream.
+    """
     if device.kind != "cuda":
         yield
         return
     stream = torch.cuda.Stream(device.torch)
     stream.wait_stream(torch.cuda.default_stream(device.torch))
-    with torch.cuda.stream(stream):
-        yield
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
 
 
 def _as_error(what: str, problem: Exception) -> MingError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +230,19 @@ def test_closing_reads_what_is_in_flight():
         stops for what, stops in log if what == "read"
     )
     check_all_free(engine)
+
+
+def test_the_thread_of_a_gpu_waits_for_its_stream_in_the_end(monkeypatch):
+    log = []
+    stream = SimpleNamespace(
+        wait_stream=lambda other: log.append(f"behind {other}"), synchronize=lambda: log.append("wait")
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(ZeroDivisionError), worker.device_stream(Device("cuda", torch.device("cuda", 0))):
+        log.append(f"work {1 // (len(log) - 1)}")
+    assert log == ["behind default", "wait"]
 
 
 @pytest.mark.parametrize("seed", range(6))
