@@ -48,7 +48,7 @@ def sample(
     native = kernels(logits)
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     top_ids = torch.empty((rows, n_logprobs), dtype=torch.int64, device=logits.device)
-    logprob, top_logprob = (torch.empty(t.shape, device=logits.device) for t in (ids, top_ids))
+    logprob, top_logprob = (torch.empty_like(t, dtype=torch.float32) for t in (ids, top_ids))
     nbytes = native.sample_workspace_bytes(rows, vocab)
     native.sample(
         logits,
