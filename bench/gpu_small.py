@@ -159,6 +159,14 @@ def rest(i: Inputs) -> object:
     return [rows, patches, positions, lengths, slots, history, bounds]
 
 
+def audio_bpe(i: Inputs) -> object:
+    """More ids than a block takes, special and unknown ones among them."""
+    bpe = ops.AudioBpe.build(4, [(), (0,), (1,), (2, 3), (1, 2, 3, 0, 1)], [(1, 2, 3)]).to(i.device)
+    ids = torch.randint(0, 7, (1100,), generator=i.generator).to(i.device)
+    codes, cu_codes = ops.audio_bpe_decode(ids, i.whole(0, 1, 1, 700, 1100), bpe)
+    return [codes[: int(cu_codes[-1])], cu_codes]
+
+
 CASES: dict[str, Small] = {
     "norms": norms,
     "rope": rope,
@@ -177,6 +185,7 @@ CASES: dict[str, Small] = {
     "grouped sigmoid": grouped_sigmoid,
     "sampling": sampling,
     "the rest": rest,
+    "audio tokens": audio_bpe,
 }
 
 

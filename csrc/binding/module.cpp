@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 namespace ming::binding {
 void register_attention(py::module_& m);
+void register_audio_bpe(py::module_& m);
 void register_decode(py::module_& m);
 void register_embed(py::module_& m);
 void register_experts(py::module_& m);
@@ -55,6 +56,7 @@ PYBIND11_MODULE(MING_MODULE, m) {
   binding::register_resize(m);
 #endif
   binding::register_attention(m);
+  binding::register_audio_bpe(m);
   binding::register_decode(m);
   binding::register_embed(m);
   binding::register_experts(m);

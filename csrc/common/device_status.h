@@ -20,6 +20,8 @@ enum class Fault : int32_t {
   modality,    // a router number outside [0, routers)
   media_row,   // a media row outside the tokens
   history,     // bounds of a sampling history outside it
+  bpe_id,      // a negative BPE audio id
+  bpe_table,   // an expansion outside the table of codes
 };
 
 constexpr const char* fault_text(Fault fault) {
@@ -44,6 +46,10 @@ constexpr const char* fault_text(Fault fault) {
       return "media_rows: expected rows below the number of tokens";
     case Fault::history:
       return "history_bounds: expected bounds inside the history";
+    case Fault::bpe_id:
+      return "ids: expected BPE audio ids from 0";
+    case Fault::bpe_table:
+      return "table_offsets: expected rising offsets inside the table of codes";
     default:
       return "none";
   }

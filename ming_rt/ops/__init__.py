@@ -18,6 +18,13 @@ from ming_rt.ops.attention import (
     attention_varlen,
     attention_varlen_torch,
 )
+from ming_rt.ops.audio_bpe import (
+    AudioBpe,
+    audio_bpe_decode,
+    audio_bpe_decode_torch,
+    audio_bpe_encode,
+    audio_bpe_encode_torch,
+)
 from ming_rt.ops.decode import advance, advance_torch
 from ming_rt.ops.embed import embed, embed_torch
 from ming_rt.ops.experts import (
@@ -112,6 +119,7 @@ def set_num_threads(n: int) -> None:
 
 __all__ = [
     "ISAS",
+    "AudioBpe",
     "ExpertWeights",
     "PackedWeight",
     "RouterWeights",
@@ -121,6 +129,10 @@ __all__ = [
     "attention_paged_torch",
     "attention_varlen",
     "attention_varlen_torch",
+    "audio_bpe_decode",
+    "audio_bpe_decode_torch",
+    "audio_bpe_encode",
+    "audio_bpe_encode_torch",
     "available_isas",
     "axis_table",
     "check_device",
