@@ -12,8 +12,8 @@
 
 #include <cstdint>
 
-#include "common/op.h"
 #include "common/dtype.h"
+#include "common/op.h"
 
 namespace ming {
 
