@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import BACKENDS
+from moe_cases import LOADS, choices, make_experts
 from tolerances import assert_close
 
 from ming_rt import ops
@@ -18,31 +19,6 @@ QUANTS = ["int8", "int4"]
 FORMATS = [(backend, None) for backend in BACKENDS] + [(d, quant) for d in DEVICES for quant in QUANTS]
 # tokens, hidden, width, experts, top_k: tails everywhere, one expert, as many choices as experts, many rows
 SHAPES = [(1, 64, 32, 8, 3), (7, 33, 17, 5, 1), (20, 48, 40, 8, 3), (90, 50, 35, 8, 4), (3, 5, 3, 1, 1)]
-LOADS = ["random", "hot", "single", "two"]
-
-
-def choices(rng, tokens, experts, top_k, load):
-    """topk_ids: random; every token also on expert 0; all on the first top_k; only first and last experts."""
-    if load == "single":
-        return torch.arange(top_k, dtype=torch.int32).repeat(tokens, 1)
-    ids = torch.rand(tokens, experts, generator=rng)
-    if load == "hot":
-        ids[:, 0] = 2.0
-    if load == "two" and experts > 2 * top_k:
-        ids[:, top_k : experts - top_k] = -1.0
-    return ids.topk(top_k).indices.sort().values.int()
-
-
-def make_experts(rng, experts, hidden, width, dtype, quant=None):
-    """The packed experts, and the float64 weights they hold."""
-    packed = ops.pack_experts(experts, hidden, width, dtype, quant=quant)
-    plain = []
-    for e in range(experts):
-        gate, up = ((torch.randn(width, hidden, generator=rng) * hidden**-0.5).to(dtype) for _ in range(2))
-        down = (torch.randn(hidden, width, generator=rng) * width**-0.5).to(dtype)
-        packed.set(e, gate, up, down)
-        plain.append((torch.cat([gate, up]).double(), down.double()))
-    return packed, [packed.unpack(e, torch.float64) for e in range(experts)] if quant else plain
 
 
 def check_products(x, ids, packed, plain):

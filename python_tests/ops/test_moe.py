@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from moe_cases import LOADS, choices, make_experts
 from tolerances import assert_close
 
 from ming_rt import ops
@@ -13,30 +14,6 @@ from ming_rt import ops
 DTYPES = [torch.float32, torch.bfloat16]
 # tokens, hidden, width, experts, top_k: tails everywhere, one expert, as many choices as experts
 SHAPES = [(1, 64, 32, 8, 3), (7, 33, 17, 5, 1), (20, 48, 40, 8, 3), (130, 100, 70, 16, 4), (3, 5, 3, 1, 1)]
-LOADS = ["random", "hot", "single", "two"]
-
-
-def choices(rng, tokens, experts, top_k, load):
-    """topk_ids: random; every token also on expert 0; all on the first top_k; only first and last experts."""
-    if load == "single":
-        return torch.arange(top_k, dtype=torch.int32).repeat(tokens, 1)
-    ids = torch.rand(tokens, experts, generator=rng)
-    if load == "hot":
-        ids[:, 0] = 2.0
-    if load == "two" and experts > 2 * top_k:
-        ids[:, top_k : experts - top_k] = -1.0
-    return ids.topk(top_k).indices.sort().values.int()
-
-
-def make_experts(rng, experts, hidden, width, dtype):
-    packed = ops.pack_experts(experts, hidden, width, dtype)
-    plain = []
-    for e in range(experts):
-        gate, up = ((torch.randn(width, hidden, generator=rng) * hidden**-0.5).to(dtype) for _ in range(2))
-        down = (torch.randn(hidden, width, generator=rng) * width**-0.5).to(dtype)
-        packed.set(e, gate, up, down)
-        plain.append((torch.cat([gate, up]).double(), down.double()))
-    return packed, plain
 
 
 def make_routers(rng, routers, experts, hidden, bias=True):
