@@ -106,6 +106,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--max-tokens", type=int, default=48, metavar="N", help="answer length (default 48)")
 
+    convert = _command(commands, "convert", run_convert, "write a checkpoint's .pt files as safetensors")
+    convert.add_argument("source", metavar="DIR", help="checkpoint directory, or one .pt file")
+    convert.add_argument(
+        "-o", "--out", metavar="OUT", help="folder to write to (default: beside the .pt files)"
+    )
+    convert.add_argument("--force", action="store_true", help="replace files that are there already")
+
     bench = _command(commands, "bench", run_bench, "measure kernels, thinker and loading against torch")
     bench.add_argument("parts", nargs="*", metavar="PART", help="ops, thinker, load (default: all)")
     bench.add_argument(
@@ -335,6 +342,15 @@ def run_demo(arguments: argparse.Namespace) -> int:
                 session, [{"role": "user", "content": content}], {"max_tokens": arguments.max_tokens}
             )
             print(f"\n{_stats(done)}")
+    return 0
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """``ming-rt convert``: one line per file written."""
+    from ming_rt.runtime.convert import convert
+
+    for file in convert(arguments.source, arguments.out, force=arguments.force):
+        print(f"wrote {file.target}: {file.tensors} tensors")
     return 0
 
 

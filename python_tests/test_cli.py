@@ -20,7 +20,7 @@ import ming_rt
 from ming_rt import cli
 from ming_rt.config import GENERATIONS
 
-COMMANDS = ("chat", "transcribe", "info", "demo", "bench")
+COMMANDS = ("chat", "transcribe", "info", "demo", "convert", "bench")
 
 
 class Result(NamedTuple):

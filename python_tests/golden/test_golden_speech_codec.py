@@ -1,12 +1,14 @@
-"""Recorded conversions between BPE audio tokens and codec tokens, all exact."""
+"""Recorded conversions of BPE audio tokens, and of the archives that the weights come in, all exact."""
 
 from __future__ import annotations
 
 import torch
 from golden_cases import golden_cases
+from safetensors import safe_open
 
 from ming_rt import ops
 from ming_rt.ops import AudioBpe
+from ming_rt.runtime.convert import convert
 
 
 @golden_cases(lambda case: case.has("char_mapping.txt", "tokenizer.json", "cases.json"))
@@ -28,3 +30,20 @@ def test_audio_bpe(case, backend):
         c for record in recorded["decode"] for c in record["codes"]
     ]
     assert cu_codes.diff().tolist() == [len(record["codes"]) for record in recorded["decode"]]
+
+
+@golden_cases(lambda case: case.has("hift_v2.pt", "outputs.safetensors"))
+def test_archives(case, tmp_path):
+    """Recorded are some tensors of each archive, the vocoder's under names without its prefix."""
+    convert(case.path, tmp_path)
+    archives = {"flow": "flow_other", "hift": "hift_v2", "spk": "luna_v2", "dtypes": "dtypes"}
+    parts = {part: safe_open(tmp_path / f"{name}.safetensors", "pt") for part, name in archives.items()}
+    single = safe_open(tmp_path / "luna_preview.safetensors", "pt")
+    for name, expected in case.outputs.items():
+        part, _, key = name.partition(".")
+        found = parts[part].get_tensor(key) if key else single.get_tensor("vp_emb")
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), name
+    assert parts["spk"].metadata() == {"prompt_text": case.config["spk_prompt_text"]}
+    assert len(parts["hift"].keys()) == case.config["hift_key_count"]
+    assert not any("generator" in name for name in parts["hift"].keys())  # noqa: SIM118
