@@ -49,24 +49,50 @@ AttentionParams heads_params(const Call& call, const TensorView& q, const Tensor
   return p;
 }
 
+// The rows of keys that each sequence sees: inside k, and not more than a bias has columns.
+void check_keys(const Call& call, const TensorView& keys, int64_t rows, const TensorView& bias) {
+  for (int64_t b = 0; kReadsValues && b < keys.shape[0]; ++b) {
+    const int32_t first = keys.ptr<int32_t>()[2 * b], end = keys.ptr<int32_t>()[2 * b + 1];
+    if (first < 0 || end < first || end > rows)
+      call.fail("keys: expected rows from 0 to " + std::to_string(rows) + " for sequence " +
+                std::to_string(b) + ", got " + std::to_string(first) + " to " + std::to_string(end));
+    if (bias && end - first > bias.shape[2])
+      call.fail("bias: expected a column for each of the " + std::to_string(end - first) +
+                " keys of sequence " + std::to_string(b) + ", got " + std::to_string(bias.shape[2]));
+  }
+}
+
 void attention_varlen(py::object q_, py::object k_, py::object v_, py::object cu_, float scale,
-                      py::object out_) {
+                      py::object keys_, py::object bias_, py::object out_) {
   Call call("attention_varlen");
+  const char* const rows = keys_.is_none() ? "N" : "M";
   TensorView q = call.tensor("q", q_, {DType::f32, DType::bf16}, {"N", "Hq", "D"});
-  TensorView k = call.tensor("k", k_, {q.dtype}, {"N", "Hkv", "D"});
-  TensorView v = call.tensor("v", v_, {q.dtype}, {"N", "Hkv", "D"});
+  TensorView k = call.tensor("k", k_, {q.dtype}, {rows, "Hkv", "D"});
+  TensorView v = call.tensor("v", v_, {q.dtype}, {rows, "Hkv", "D"});
   TensorView cu = call.tensor("cu_seqlens", cu_, {DType::i32}, {"B+1"});
+  call.bind("B", cu.shape[0] - 1);
+  TensorView keys = keys_.is_none() ? TensorView{} : call.dense("keys", keys_, {DType::i32}, {"B", "2"});
+  TensorView bias = call.optional("bias", bias_, {DType::f32}, {"Hq", "N", "K"});
+  call.expect(keys || !bias, "bias: expected keys beside it");
   TensorView out = call.tensor("out", out_, {q.dtype}, {"N", "Hq", "D"});
   AttentionParams p = heads_params(call, q, out, scale);
   check_offsets(call, "cu_seqlens", cu, q.shape[0]);
   p.k = k.data;
   p.v = v.data;
   p.cu_q = cu.ptr<int32_t>();
+  p.keys = keys.ptr<int32_t>();
+  p.key_rows = k.shape[0];
+  p.bias = bias.ptr<float>();
+  p.bias_head_stride = bias.stride[0];
+  p.bias_token_stride = bias.stride[1];
+  p.bias_keys = bias.shape[2];
   p.k_token_stride = k.stride[0];
   p.k_head_stride = k.stride[1];
   p.v_token_stride = v.stride[0];
   p.v_head_stride = v.stride[1];
   p.batch = int32_t(cu.shape[0] - 1);
+  if (keys) check_keys(call, keys, k.shape[0], bias);
+  if (q.shape[0] == 0) return;
   call.run(MING_KERNEL(attention), p);
 }
 

@@ -20,6 +20,7 @@ enum class Fault : int32_t {
   modality,    // a router number outside [0, routers)
   media_row,   // a media row outside the tokens
   history,     // bounds of a sampling history outside it
+  key_range,   // rows of keys outside the tensor, or more than a bias has columns
   bpe_id,      // a negative BPE audio id
   bpe_table,   // an expansion outside the table of codes
 };
@@ -46,6 +47,8 @@ constexpr const char* fault_text(Fault fault) {
       return "media_rows: expected rows below the number of tokens";
     case Fault::history:
       return "history_bounds: expected bounds inside the history";
+    case Fault::key_range:
+      return "keys: expected rows inside the keys, each with a column of the bias";
     case Fault::bpe_id:
       return "ids: expected BPE audio ids from 0";
     case Fault::bpe_table:

@@ -12,9 +12,16 @@ from ming_rt.ops._native import kernels
 
 
 def attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None = None,
+    *,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Bidirectional attention inside each segment (vision full or windowed, audio encoders).
+    """Bidirectional attention inside each segment (vision full or windowed, audio encoders, flow).
 
     Args:
         q: [N, Hq, D] float32 or bfloat16; rows and heads may be strided.
@@ -22,6 +29,10 @@ def attention_varlen(
         cu_seqlens: int32 [B + 1], rows cu_seqlens[b] .. cu_seqlens[b + 1] form segment b; from 0 to N, empty
             segments allowed.
         scale: of the scores, default 1 / sqrt(D).
+        keys: int32 [B, 2]: segment b sees rows keys[b, 0] .. keys[b, 1] of k and v ([M, Hkv, D] then, M any
+            number) instead of its own; rows may be seen by several segments. No row: the result is 0.
+        bias: float32 [Hq, N, K], added to the products of queries and keys before the scale; column j belongs
+            to the j-th key that the row's segment sees. Rows may overlap in memory. Only with keys.
 
     Returns:
         [N, Hq, D] in q's dtype; a row's bits do not depend on the other segments.
@@ -30,19 +41,36 @@ def attention_varlen(
         ValueError: wrong dtype, shape or offsets.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    kernels(q).attention_varlen(q, k, v, cu_seqlens, _scale(q, scale), out)
+    kernels(q).attention_varlen(q, k, v, cu_seqlens, _scale(q, scale), keys, bias, out)
     return out
 
 
 def attention_varlen_torch(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None = None,
+    *,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``attention_varlen`` as a plain torch composition."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for begin, end in pairwise(cu_seqlens.tolist()):
-        parts = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
-        y = scaled_dot_product_attention(*parts, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        out[begin:end] = y[0].transpose(0, 1)
+    segments = list(pairwise(cu_seqlens.tolist()))
+    for (begin, end), (first, last) in zip(
+        segments, segments if keys is None else keys.tolist(), strict=True
+    ):
+        parts = (
+            x[rows].transpose(0, 1)[None]
+            for x, rows in ((q, slice(begin, end)), (k, slice(first, last)), (v, slice(first, last)))
+        )
+        mask = None
+        if bias is not None:
+            mask = (bias[:, begin:end, : last - first] * _scale(q, scale)).to(q.dtype)[None]
+        options = {"attn_mask": mask, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        y = scaled_dot_product_attention(*parts, **options)
+        out[begin:end] = y[0].transpose(0, 1) if last > first else 0
     return out
 
 
@@ -75,9 +103,7 @@ def attention_paged(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     native, max_keys = kernels(q), page_table.shape[-1] * k_pages.shape[-2]
-    nbytes = native.attention_workspace_bytes(
-        q.shape[0], kv_lens.numel(), q.shape[-2], q.shape[-1], max_keys
-    )
+    nbytes = native.attention_workspace_bytes(q.shape[0], kv_lens.numel(), q.shape[-2], q.shape[-1], max_keys)
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=q.device) if nbytes else None
     native.attention_paged(
         q, k_pages, v_pages, page_table, cu_seqlens_q, kv_lens, _scale(q, scale), out, workspace

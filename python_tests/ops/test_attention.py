@@ -4,6 +4,7 @@ poisoned memory, bitwise equality alone / batched / chunked / decoded, and wild 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -389,3 +390,110 @@ def test_device_result_does_not_depend_on_the_order_of_threads(backend, rng, dty
         monkeypatch.setenv("MING_EMU_SEED", seed)
         assert torch.equal(case.run(), expected[0])
         assert torch.equal(ops.attention_varlen(q, k, v, cu), expected[1])
+
+
+def windowed(lengths, chunk):
+    """Offsets of the queries of chunks, and the keys from a sequence's first to the chunk's end."""
+    ends, keys, first = [0], [], 0
+    for length in lengths:
+        for begin in range(0, length, chunk):
+            end = min(begin + chunk, length)
+            ends.append(first + end)
+            keys.append((first, first + end))
+        first += length
+    return ints(*ends), ints(*keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 64, 130])
+def test_chunks_see_what_came_before(backend, rng, dtype, dim):
+    lengths, chunk = [45, 1, 20], 16
+    q, k, v = torch.randn(sum(lengths), 3, 2, dim, generator=rng).to(dtype).unbind(1)
+    cu, keys = windowed(lengths, chunk)
+    actual = ops.attention_varlen(q, k, v, cu, keys=keys)
+    expected = [
+        reference(q[begin:end], k[first:last], v[first:last], causal=False)
+        for (begin, end), (first, last) in zip(pairwise(cu.tolist()), keys.tolist(), strict=True)
+    ]
+    assert_close(actual, torch.cat(expected))
+    assert_close(actual, ops.attention_varlen_torch(q, k, v, cu, keys=keys))
+    # A later chunk has the same bits without the queries before it.
+    begin, end = cu[1:3].tolist()
+    alone = ops.attention_varlen(q[begin:end], k, v, ints(0, end - begin), keys=keys[1:2].contiguous())
+    assert torch.equal(alone, actual[begin:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 16), (6, 2, 64)])
+def test_bias_is_added_before_the_scale(backend, rng, dtype, heads, kv_heads, dim):
+    q = torch.randn(37, heads, dim, generator=rng).to(dtype)
+    k, v = torch.randn(2, 90, kv_heads, dim, generator=rng).to(dtype)
+    # Rows that overlap, as scores by distance are read by position.
+    wide = torch.randn(heads, 37, 120, generator=rng)
+    bias = wide.as_strided((heads, 37, 80), (wide.stride(0), wide.stride(1) - 1, 1), 36)
+    cu, keys = ints(0, 20, 20, 37), ints((5, 85), (0, 3), (40, 47))
+    actual = ops.attention_varlen(q, k, v, cu, scale=0.2, keys=keys, bias=bias)
+    for (begin, end), (first, last) in zip(pairwise(cu.tolist()), keys.tolist(), strict=True):
+        mine = (x[first:last].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q[begin:end].double(), (seen := list(mine))[0])
+        weights = ((scores + bias[:, begin:end, : last - first]) * 0.2).softmax(-1)
+        assert_close(actual[begin:end], torch.einsum("hij,jhd->ihd", weights, seen[1]))
+    assert_close(actual, ops.attention_varlen_torch(q, k, v, cu, scale=0.2, keys=keys, bias=bias))
+
+
+def test_bias_crosses_spans(isa, rng):
+    q, k, v = torch.randn(3, 600, 2, 24, generator=rng)
+    bias = torch.randn(2, 600, 600, generator=rng)
+    arguments = {"keys": ints((0, 600)), "bias": bias}
+    whole = ops.attention_varlen(q, k, v, ints(0, 600), **arguments)
+    assert_close(whole, ops.attention_varlen_torch(q, k, v, ints(0, 600), **arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_segment_without_keys_gives_zeros(backend, rng, dtype):
+    q, k, v = torch.randn(3, 9, 2, 64, generator=rng).to(dtype)
+    out = ops.attention_varlen(q, k, v, ints(0, 4, 9), keys=ints((3, 3), (0, 9)))
+    assert not out[:4].any()
+    assert_close(out[4:], reference(q[4:], k, v, causal=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": ints((0, 6), (0, 9))}, "keys: expected rows from 0 to 8 for sequence 1, got 0 to 9"),
+        ({"keys": ints((-1, 6), (0, 8))}, "keys: .* sequence 0, got -1 to 6"),
+        ({"keys": ints((5, 4), (0, 8))}, "keys: .* got 5 to 4"),
+        ({"keys": ints((0, 6))}, r"keys: expected shape \[B, 2\]"),
+        (
+            {"bias": torch.zeros(2, 4, 7)},
+            "bias: expected a column for each of the 8 keys of sequence 1, got 7",
+        ),
+        ({"bias": torch.zeros(1, 4, 8)}, "bias: expected shape"),
+        (
+            {"keys": None, "k": torch.zeros(4, 2, 8), "v": torch.zeros(4, 2, 8)},
+            "bias: expected keys beside it",
+        ),
+    ],
+)
+def test_bad_keys_and_bias(change, message):
+    x = torch.zeros(8, 2, 8)
+    good = {"q": x[:4], "k": x, "v": x, "cu_seqlens": ints(0, 2, 4), "keys": ints((0, 6), (0, 8))}
+    good["bias"] = torch.zeros(2, 4, 8)
+    ops.attention_varlen(**good)
+    with pytest.raises(ValueError, match=f"attention_varlen: .*{message}"):
+        ops.attention_varlen(**(good | change))
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("keys", "columns", "value"), [((2, 2**30), 0, 2**30), ((-1, 4), 0, 4), ((5, 2), 0, 2), ((0, 8), 7, 8)]
+)
+def test_device_reports_wild_keys(backend, rng, dtype, keys, columns, value):
+    q, k, v = torch.randn(3, 8, 2, 64, generator=rng).to(dtype)
+    bias = torch.zeros(2, 8, columns) if columns else None
+    out = ops.attention_varlen(q, k, v, ints(0, 3, 8), keys=ints((0, 7), keys), bias=bias)
+    with pytest.raises(ValueError, match=f"keys: expected rows inside the keys.*got {value} "):
+        ops.check_device()
+    assert_close(out[:3], reference(q[:3], k[:7], v[:7], causal=False))
+    assert not out[3:].any()

@@ -1,11 +1,13 @@
 // Scaled dot-product attention with grouped KV heads over contiguous segments or over a paged cache.
 //
-//   out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h / G]) v[j, h / G],   G = Hq / Hkv
+//   out[i, h] = sum_j softmax_j(scale * (q[i, h] . k[j, h / G] + bias[h, i, j])) v[j, h / G],   G = Hq / Hkv
 //
 // Varlen: sequence b is rows [cu_q[b], cu_q[b+1]) of q, k and v; every query sees every key of its segment.
-// Paged: sequence b holds kv_lens[b] keys in the pages page_table[b, :]; its queries are its last tokens,
-// rows [cu_q[b], cu_q[b+1]) of q, and the query of token t sees keys 0..t. Prefill chunk and decode are the
-// same op.
+// With `keys` it sees rows [keys[b, 0], keys[b, 1]) of k and v instead, which other sequences may see as
+// well: chunks of one sequence, each with all that came before it. bias: fp32, varlen only, otherwise 0; j
+// counts from the first key that the sequence sees. A sequence that sees no key gives zeros. Paged: sequence
+// b holds kv_lens[b] keys in the pages page_table[b, :]; its queries are its last tokens, rows [cu_q[b],
+// cu_q[b+1]) of q, and the query of token t sees keys 0..t. Prefill chunk and decode are the same op.
 //
 // Scores, softmax and accumulation are fp32; with bfloat16 inputs the AVX-512 form multiplies bfloat16 pairs
 // and rounds the softmax weights to bfloat16 before the product with v. Keys are taken in spans of kSpan at
@@ -14,9 +16,9 @@
 // chunked or decoded, whatever the page size and the thread count. Memory of keys at or beyond kv_len is
 // never used.
 //
-// CUDA forms. bfloat16 with a head_dim of 64, 80 or 128 and 16-byte aligned rows runs on tensor cores: fp32
-// scores, softmax and sums, softmax weights rounded to bfloat16 for the product with v. Everything else runs
-// in fp32 FMA without that rounding. Paged sequences go one of two ways:
+// CUDA forms. bfloat16 with a head_dim of 64, 80 or 128, 16-byte aligned rows and no bias runs on tensor
+// cores: fp32 scores, softmax and sums, softmax weights rounded to bfloat16 for the product with v.
+// Everything else runs in fp32 FMA without that rounding. Paged sequences go one of two ways:
 //   - up to kFewQueries queries (all sequences, if there are as many as query rows): keys are split at
 //     multiples of attention_split_keys(kv_len), each split is one block, splits are merged in order;
 //   - more queries: tiles of rows, keys in order from 0.
@@ -41,6 +43,10 @@ struct AttentionParams {
   const int32_t* cu_q;        // [B + 1] first query row of each sequence
   const int32_t* kv_lens;     // [B], paged only
   const int32_t* page_table;  // [B, maxp], paged only, nullptr means varlen
+  const int32_t* keys;        // [B, 2], contiguous, or nullptr; varlen only
+  const float* bias;          // [Hq, N, K], rows may overlap, or nullptr; varlen only
+  int64_t bias_head_stride, bias_token_stride, bias_keys;  // K
+  int64_t key_rows;                                        // of k and v; varlen only
   int64_t page_table_stride, page_size;
   int64_t rows, pages, max_pages;  // N; P and maxp, paged only
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;

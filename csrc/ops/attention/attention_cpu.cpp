@@ -13,7 +13,7 @@ constexpr int64_t kMaxPartials = 16 << 20;  // floats of partial outputs that ru
 // Work of one tile of consecutive queries of one sequence against one KV head.
 struct Tile {
   int32_t seq, q_begin, q_count;
-  int32_t q_base, q_len, kv_len;  // of the sequence: first row in q, queries, keys
+  int32_t q_base, q_len, kv_base, kv_len;  // of the sequence: first row in q, queries, first row in k, keys
 };
 
 // Row r of a tile is query q_begin + r / G, head r % G of the group.
@@ -60,7 +60,7 @@ struct Sequence {
     const T* head = static_cast<const T*>(base) + kv_head * head_stride;
     if (!p.page_table) {
       for (int i = 0; i < kBlock; ++i)
-        at[i] = head + (t.q_base + begin + (i < count ? i : count - 1)) * token_stride;
+        at[i] = head + (t.kv_base + begin + (i < count ? i : count - 1)) * token_stride;
       return;
     }
     const int32_t* table = p.page_table + t.seq * p.page_table_stride;
@@ -76,6 +76,16 @@ struct Sequence {
   }
   void v_rows(const T** at, int64_t begin, int count) const {
     key_rows(at, begin, count, p.v, p.v_page_stride, p.v_head_stride, p.v_token_stride);
+  }
+  // Scores [rows, kScoreStride] of `count` keys from `begin`, to be added to.
+  void load_bias(float* scores, int64_t begin, int count) const {
+    for (int r = 0; r < rows; ++r) {
+      const int64_t token = int64_t(t.q_base) + t.q_begin + r / group;
+      const float* bias = p.bias + (int64_t(kv_head) * group + r % group) * p.bias_head_stride +
+                          token * p.bias_token_stride + begin;
+      for (int i = 0; i < count; i += VF)
+        vstore(scores + int64_t(r) * kScoreStride + i, vload_n(bias + i, count - i));
+    }
   }
 };
 
@@ -104,9 +114,13 @@ template <typename T>
 void finish(const Sequence<T>& seq, const Partial& total, int dp) {
   const int dim = seq.p.head_dim;
   for (int r = 0; r < seq.rows; ++r) {
+    T* y = seq.output(r);
+    if (seq.keys() == 0) {
+      std::memset(y, 0, size_t(dim) * sizeof(T));
+      continue;
+    }
     const vf norm = vset(1.0f / total.sum[r]);
     const float* x = total.out + int64_t(r) * dp;
-    T* y = seq.output(r);
     for (int i = 0; i < dim; i += VF) vstore_n(y + i, vload(x + i) * norm, dim - i);
   }
 }
@@ -166,8 +180,9 @@ struct Worker {
       key + kBlock < end ? seq.k_rows(next, key + kBlock, size(key + kBlock, end))
                          : seq.v_rows(next, begin, size(begin, end));
       K::pack_k(block, rows, n, p.head_dim, next);
+      if (p.bias) seq.load_bias(s + (key - begin), key, n);
       K::gemm(seq.rows - first, (n + VF - 1) / VF * VF, units, q + int64_t(first) * units, units, block,
-              kBlock, s + int64_t(first) * kScoreStride + (key - begin), kScoreStride, false);
+              kBlock, s + int64_t(first) * kScoreStride + (key - begin), kScoreStride, p.bias != nullptr);
     }
     const float scale = p.scale * 1.44269504088896341f;
     for (int r = seq.first_row(begin); r < seq.rows; ++r) {
@@ -258,12 +273,15 @@ void run_spans(const AttentionParams& p, const Tile* tiles, int64_t count, int m
 
 template <typename T>
 void attention_typed(const AttentionParams& p) {
+  const auto keys_of = [&](int b, int32_t q_len) {
+    return p.page_table ? p.kv_lens[b] : p.keys ? p.keys[2 * b + 1] - p.keys[2 * b] : q_len;
+  };
   const int group = p.num_heads / p.num_kv_heads;
   const int tile_queries = group >= kTileRows ? 1 : kTileRows / group;
   int64_t count = 0, longest = 0;
   int tallest = 0;
   for (int b = 0; b < p.batch; ++b) {
-    const int32_t q_len = p.cu_q[b + 1] - p.cu_q[b], kv_len = p.page_table ? p.kv_lens[b] : q_len;
+    const int32_t q_len = p.cu_q[b + 1] - p.cu_q[b], kv_len = keys_of(b, q_len);
     if (q_len == 0) continue;
     count += (q_len + tile_queries - 1) / tile_queries;
     if (kv_len > longest) longest = kv_len;
@@ -272,11 +290,12 @@ void attention_typed(const AttentionParams& p) {
   Tile* tiles = scratch<Tile>(0, count);
   int64_t at = 0;
   for (int b = 0; b < p.batch; ++b) {
-    const int32_t q_len = p.cu_q[b + 1] - p.cu_q[b], kv_len = p.page_table ? p.kv_lens[b] : q_len;
+    const int32_t q_len = p.cu_q[b + 1] - p.cu_q[b], kv_len = keys_of(b, q_len);
+    const int32_t kv_base = p.keys ? p.keys[2 * b] : p.cu_q[b];
     // Last tile first: with a causal mask it is the heaviest.
     for (int32_t i = (q_len + tile_queries - 1) / tile_queries - 1; i >= 0; --i) {
       const int32_t begin = i * tile_queries, n = q_len - begin < tile_queries ? q_len - begin : tile_queries;
-      tiles[at++] = {b, begin, n, p.cu_q[b], q_len, kv_len};
+      tiles[at++] = {b, begin, n, p.cu_q[b], q_len, kv_base, kv_len};
     }
   }
   const int64_t items = count * p.num_kv_heads, spans = (longest + kSpan - 1) / kSpan;

@@ -59,7 +59,7 @@ bool on_tensor_cores(const AttentionParams& p) {
   const auto wide = [](const void* data, int64_t a, int64_t b, int64_t c) {
     return wide_rows<bf16>(data, a) && b % 8 == 0 && c % 8 == 0;
   };
-  return p.dtype == DType::bf16 && tensor_core_dim(p.head_dim) &&
+  return p.dtype == DType::bf16 && !p.bias && tensor_core_dim(p.head_dim) &&
          wide(p.q, p.q_token_stride, p.q_head_stride, 0) &&
          wide(p.out, p.out_token_stride, p.out_head_stride, 0) &&
          wide(p.k, p.k_token_stride, p.k_head_stride, p.k_page_stride) &&

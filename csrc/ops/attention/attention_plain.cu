@@ -19,6 +19,13 @@ __device__ __forceinline__ float read(const T* row, int column, int dim) {
   return column < dim ? to_float(row[column]) : 0.0f;
 }
 
+// Where the biases of a row begin.
+__device__ __forceinline__ int64_t bias_place(const Call& c, const Sequence& s, int kv_head, int32_t row) {
+  const uint32_t query = c.group.divide(uint32_t(row)),
+                 head = kv_head * c.group.by + row - query * c.group.by;
+  return head * c.p.bias_head_stride + (s.base + query) * c.p.bias_token_stride;
+}
+
 // The state of a warp's rows; a lane has its own part of each sum, and output columns 2 lane, 2 lane + 1 of
 // each chunk.
 template <int Chunks>
@@ -91,6 +98,7 @@ __device__ __forceinline__ void attend(State<Chunks>& state, const Call& c, cons
       if (r >= mine) continue;
       const int32_t row = warp + kWarps * r, key = key0 + lane;
       const bool seen = key < t.s.visible(c, t.row0 + row) && key < t.end;
+      if (seen && c.p.bias) scores[r] += c.p.bias[bias_place(c, t.s, kv_head, t.row0 + row) + key];
       const float score = seen ? scores[r] * c.scale_log2 : kMinusInf;
       const float top = fmaxf(state.max[r], warp_max(score)), shift = top == kMinusInf ? 0.0f : top;
       const float shrink = exp2f(state.max[r] - shift), weight = exp2f(score - shift);

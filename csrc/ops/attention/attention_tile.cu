@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kThreads, M == 2     ? 2
   }
   if (threadIdx.x == 0) {
     work[0] = found;
-    heads[0] = head_keys<bf16>(c, kv_head) + (Paged ? 0 : found.s.base * c.p.k_token_stride);
-    heads[1] = head_values<bf16>(c, kv_head) + (Paged ? 0 : found.s.base * c.p.v_token_stride);
+    heads[0] = head_keys<bf16>(c, kv_head) + (Paged ? 0 : found.s.key_base * c.p.k_token_stride);
+    heads[1] = head_values<bf16>(c, kv_head) + (Paged ? 0 : found.s.key_base * c.p.v_token_stride);
   }
   __syncthreads();
 

@@ -46,6 +46,7 @@ struct Sequence {
   int64_t base;  // first query row
   int32_t index, queries;
   int32_t keys;
+  int64_t key_base;  // first row of k and v; not paged
 
   // Keys that row r sees.
   __device__ __forceinline__ int32_t visible(const Call& c, int32_t row) const {
@@ -62,9 +63,21 @@ __device__ __forceinline__ Sequence read_sequence(const Call& c, int32_t b) {
   const bool starts = b > 0 || begin == 0, ends = b + 1 < p.batch || end == p.rows;
   if (!(inside && starts && ends) && threadIdx.x == 0)
     report(c.status, Fault::cu_seqlens, starts ? end : begin);
-  if (!inside) return {0, b, 0, 0};
-  Sequence s{begin, b, end - begin, end - begin};
-  if (!p.page_table) return s;
+  if (!inside) return {0, b, 0, 0, 0};
+  Sequence s{begin, b, end - begin, end - begin, begin};
+  if (!p.page_table) {
+    if (!p.keys) return s;
+    const int32_t first = p.keys[2 * b], last = p.keys[2 * b + 1];
+    const bool right = first >= 0 && first <= last && last <= p.key_rows;
+    if (!right || (p.bias && last - first > p.bias_keys)) {
+      if (threadIdx.x == 0) report(c.status, Fault::key_range, right ? last - first : last);
+      s.keys = 0;
+      return s;
+    }
+    s.keys = last - first;
+    s.key_base = first;
+    return s;
+  }
   s.keys = p.kv_lens[b];
   if (s.keys != 0 && (s.keys < s.queries || s.keys > p.max_pages * p.page_size)) {
     if (threadIdx.x == 0) report(c.status, Fault::kv_length, s.keys);
@@ -127,7 +140,7 @@ struct Place {
 __device__ __forceinline__ Place find_key(const Call& c, const Sequence& s, int32_t key, int32_t end) {
   const AttentionParams& p = c.p;
   if (key >= end) return {-1, -1};
-  if (!p.page_table) return {(s.base + key) * p.k_token_stride, (s.base + key) * p.v_token_stride};
+  if (!p.page_table) return {(s.key_base + key) * p.k_token_stride, (s.key_base + key) * p.v_token_stride};
   const uint32_t column = c.page.divide(uint32_t(key)), offset = uint32_t(key) - column * c.page.by;
   const int32_t page = p.page_table[s.index * p.page_table_stride + column];
   if (page < 0 || page >= p.pages) {
