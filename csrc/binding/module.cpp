@@ -18,6 +18,7 @@ void register_decode(py::module_& m);
 void register_embed(py::module_& m);
 void register_experts(py::module_& m);
 void register_gemm(py::module_& m);
+void register_group_norm(py::module_& m);
 void register_image(py::module_& m);
 void register_moe(py::module_& m);
 void register_norm(py::module_& m);
@@ -61,6 +62,7 @@ PYBIND11_MODULE(MING_MODULE, m) {
   binding::register_embed(m);
   binding::register_experts(m);
   binding::register_gemm(m);
+  binding::register_group_norm(m);
   binding::register_image(m);
   binding::register_moe(m);
   binding::register_norm(m);

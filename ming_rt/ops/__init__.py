@@ -37,6 +37,7 @@ from ming_rt.ops.experts import (
     set_prefill_kernel,
 )
 from ming_rt.ops.gemm import linear, linear_swiglu, linear_swiglu_torch, linear_torch
+from ming_rt.ops.group_norm import group_norm, group_norm_torch
 from ming_rt.ops.image import (
     patchify,
     patchify_torch,
@@ -143,6 +144,8 @@ __all__ = [
     "emulated",
     "fbank",
     "fbank_torch",
+    "group_norm",
+    "group_norm_torch",
     "grouped_gemm_down",
     "grouped_gemm_down_torch",
     "grouped_gemm_swiglu",
