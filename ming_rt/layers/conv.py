@@ -9,7 +9,14 @@ from ming_rt.runtime.weights import WeightSource
 
 
 class Conv1d:
-    """Convolution with odd kernel and padding ``kernel // 2``, as one matrix product over unfolded frames."""
+    """Convolution as one matrix product over unfolded frames.
+
+    The windows of neighbouring frames overlap in memory, so nothing is unfolded: items of a batch lie one
+    after another with their padding, and the windows across a border are computed and left out.
+
+    Args:
+        pad: frames of zeros before and after; None: ``kernel // 2`` on both sides, for odd kernels.
+    """
 
     def __init__(
         self,
@@ -19,28 +26,69 @@ class Conv1d:
         outputs: int,
         kernel: int,
         stride: int = 1,
+        *,
+        pad: tuple[int, int] | None = None,
     ) -> None:
         weight = src.tensor(f"{name}.weight", (outputs, inputs, kernel))
         # [outputs, kernel, inputs]: the kernel's frames lie one after another in memory, as they do in x.
         self.weight = ops.pack_weight(weight.permute(0, 2, 1).reshape(outputs, kernel * inputs), src.dtype)
         self.bias = src.tensor(f"{name}.bias", (outputs,), src.dtype)
         self.kernel, self.stride = kernel, stride
+        self.pad = (kernel // 2, kernel // 2) if pad is None else pad
 
     def length(self, frames: int) -> int:
         """Frames that come out of ``frames``."""
-        return (frames - self.kernel + 2 * (self.kernel // 2)) // self.stride + 1
+        return (frames - self.kernel + sum(self.pad)) // self.stride + 1
 
-    def __call__(self, x: torch.Tensor, *, act: str | None = None) -> torch.Tensor:
-        """``[B, T, inputs]`` -> ``[B, length(T), outputs]``."""
+    def __call__(self, x: torch.Tensor, *, act: str | None = None, padded: bool = False) -> torch.Tensor:
+        """``[B, T, inputs]`` -> ``[B, length(T), outputs]``, items of a batch not next to each other.
+
+        ``padded``: x has its frames of zeros already.
+        """
+        before, after = (0, 0) if padded else self.pad
         batch, frames, channels = x.shape
-        padded = torch.nn.functional.pad(x, (0, 0, self.kernel // 2, self.kernel // 2))
-        out_frames = self.length(frames)
-        windows = padded.as_strided(
-            (batch, out_frames, self.kernel * channels),
-            (padded.stride(0), self.stride * channels, 1),
-        )
-        y = ops.linear(windows.reshape(batch * out_frames, -1), self.weight, self.bias, act=act)
-        return y.view(batch, out_frames, -1)
+        frames += before + after
+        out_frames = (frames - self.kernel) // self.stride + 1
+        rest = -frames % self.stride if batch > 1 else 0  # windows of every item begin a stride apart
+        if before or after or rest:
+            x = torch.nn.functional.pad(x, (0, 0, before, after + rest))
+        x = x.contiguous()
+        per_item = (frames + rest) // self.stride
+        count = per_item * (batch - 1) + out_frames
+        windows = x.as_strided((count, self.kernel * channels), (self.stride * channels, 1))
+        y = ops.linear(windows, self.weight, self.bias, act=act)
+        outputs = y.shape[1]
+        return y.as_strided((batch, out_frames, outputs), (per_item * outputs, outputs, 1))
+
+
+class ConvTranspose1d:
+    """Transposed convolution with kernel = 2 stride and padding stride / 2, so that T frames give T * stride.
+
+    One product: from a frame and its two neighbours come ``stride`` frames at once. Every other value of the
+    weight's outer thirds is zero, which is half as much again as the least work.
+    """
+
+    def __init__(self, src: WeightSource, name: str, inputs: int, outputs: int, stride: int) -> None:
+        weight = src.tensor(f"{name}.weight", (inputs, outputs, 2 * stride))
+        bias = src.tensor(f"{name}.bias", (outputs,), src.dtype)
+        # [stride, outputs, 3, inputs]: frame t puts tap k into frame t * stride + k - stride / 2.
+        spread = weight.new_zeros((stride, outputs, 3, inputs))
+        for tap in range(2 * stride):
+            later, phase = divmod(tap - stride // 2, stride)
+            spread[phase, :, 1 - later] = weight[:, :, tap].t()
+        self.weight = ops.pack_weight(spread.view(stride * outputs, 3 * inputs), src.dtype)
+        self.bias = bias.repeat(stride)
+        self.stride = stride
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, T, inputs]`` -> ``[B, T * stride, outputs]``, items of a batch not next to each other."""
+        batch, frames, channels = x.shape
+        padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
+        windows = padded.as_strided((batch * (frames + 2) - 2, 3 * channels), (channels, 1))
+        y = ops.linear(windows, self.weight, self.bias)
+        outputs = y.shape[1] // self.stride
+        shape = (batch, frames * self.stride, outputs)
+        return y.as_strided(shape, ((frames + 2) * y.shape[1], outputs, 1))
 
 
 class DepthwiseConv1d:

@@ -9,7 +9,7 @@ from tolerances import assert_close
 
 from ming_rt.config import SanmConfig, VisionConfig, WhisperConfig
 from ming_rt.errors import InvalidMediaError
-from ming_rt.layers.conv import Conv1d, DepthwiseConv1d, windowed_sum
+from ming_rt.layers.conv import Conv1d, ConvTranspose1d, DepthwiseConv1d, windowed_sum
 from ming_rt.models.omni import AudioEncoder, VisionEncoder
 from ming_rt.models.projector import l2_normalize
 from ming_rt.models.vision import layout
@@ -137,6 +137,32 @@ def test_conv1d_matches_torch(kernel, stride, length):
     weight, bias = src.tensor("conv.weight", (10, 6, kernel)), src.tensor("conv.bias", (10,))
     expected = torch.nn.functional.conv1d(x.mT, weight, bias, stride, kernel // 2).mT
     assert conv.length(length) == expected.shape[1]
+    assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad"), [(3, 1, (2, 0)), (4, 1, (0, 0)), (3, 2, (1, 1)), (3, 3, (0, 1))]
+)
+def test_conv1d_pads_each_item_of_a_batch(kernel, stride, pad):
+    src = RandomSource(4, torch.float32)
+    conv = Conv1d(src, "conv", 6, 10, kernel, stride, pad=pad)
+    weight, bias = src.tensor("conv.weight", (10, 6, kernel)), src.tensor("conv.bias", (10,))
+    for length in range(4, 9):
+        x = frames(3 * length, 6).view(3, length, 6)
+        padded = torch.nn.functional.pad(x, (0, 0, *pad))
+        expected = torch.nn.functional.conv1d(padded.mT, weight, bias, stride).mT
+        assert conv.length(length) == expected.shape[1]
+        assert_close(conv(x), expected)
+        assert torch.equal(conv(padded, padded=True), conv(x))
+        assert torch.equal(conv(x)[1:2], conv(x[1:2]))
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_conv_transpose1d_matches_torch(stride):
+    src = RandomSource(4, torch.float32)
+    conv, x = ConvTranspose1d(src, "up", 6, 5, stride), frames(14, 6).view(2, 7, 6)
+    weight, bias = src.tensor("up.weight", (6, 5, 2 * stride)), src.tensor("up.bias", (5,))
+    expected = torch.nn.functional.conv_transpose1d(x.mT, weight, bias, stride, stride // 2).mT
     assert_close(conv(x), expected)
 
 
