@@ -96,7 +96,8 @@ def attention_paged(
         scale: of the scores, default 1 / sqrt(D).
 
     Returns:
-        [N, Hq, D] in q's dtype; a row's bits are the same alone, in any batch, chunked or whole.
+        [N, Hq, D] in q's dtype; a row's bits are the same alone, in any batch, chunked or whole. On CUDA
+        sequences of up to 8 queries take another kernel than longer ones, with a rounding of its own.
 
     Raises:
         ValueError: wrong dtype, shape or offsets, a length the table cannot hold, a page outside [0, P).
