@@ -12,6 +12,7 @@ so that they read no weights that are not read anyway.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -198,7 +199,12 @@ class DecodeGraphs:
         for name, value in (("slots", -1), ("top_p", 1), ("repetition_penalty", 1)):
             self._state[name].fill_(value)
         self.forget()
-        self._steps[bucket] = self._capture(step)
+        try:
+            self._steps[bucket] = self._capture(step)
+        except RuntimeError as problem:  # running out of memory is one
+            # Slower, but right; to try again at every step would stop the device every time.
+            warnings.warn(f"decode steps of {bucket} rows run without a graph: {problem}", stacklevel=2)
+            self._steps[bucket] = step
 
     def _stage(self, chunks: Sequence[Chunk], bucket: int) -> None:
         """Send the whole state of a step's requests."""

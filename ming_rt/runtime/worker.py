@@ -23,7 +23,8 @@ from ming_rt.errors import (
     MingError,
 )
 from ming_rt.pipelines.events import Done, FinishReason, Hidden, Timings, Usage
-from ming_rt.runtime.batch import pack_batch
+from ming_rt.runtime import transfer
+from ming_rt.runtime.batch import Batch, pack_batch
 from ming_rt.runtime.device import Device
 from ming_rt.runtime.graphs import CudaCapture, DecodeGraphs, run_directly
 from ming_rt.runtime.handle import Outbox
@@ -111,6 +112,8 @@ class Worker:
                 model.thinker, self.kv, options.max_num_seqs, self.max_len, device.torch, capture
             )
         self.flight: _Flight | None = None
+        self.unread: Callable[[], object] = list
+        """Waits for the last step without tokens."""
         self.media = MediaCache(options.media_cache_bytes)
         self.live: dict[Request, _Live] = {}
         self.counts: Counter[str] = Counter()
@@ -121,6 +124,8 @@ class Worker:
         self.ended: EngineClosedError | None = None
         self.thread: threading.Thread | None = None
         self.stats = EngineStats(kv_pages=self.pool.num_pages)
+        if device.kind == "cuda":  # model and cache were made in the caller's stream, the thread has its own
+            torch.cuda.current_stream(device.torch).synchronize()
 
     # Called from any thread.
 
@@ -245,16 +250,31 @@ class Worker:
             output = self.model.thinker.forward(batch, self.kv)
             if sampling:
                 flight.read = draw(output.logits, sampling)
+            elif self.graphs is not None:
+                flight.read = self._keep_pace(batch)
             if batch.want_hidden:
                 flight.output = output
         except Exception as problem:
             flight.problem = problem
         return flight
 
+    def _keep_pace(self, batch: Batch) -> Callable[[], list[Sample | EngineError]]:
+        """What to wait for after a step without tokens, in the middle of a prompt: the one before it.
+
+        The device then has a step to work on, and the host hears of commands between two of them.
+        """
+        before, self.unread = self.unread, transfer.fetch([batch.kv_lens])
+
+        def read() -> list[Sample | EngineError]:
+            before()
+            return []
+
+        return read
+
     def _collect(self, flight: _Flight) -> None:
         """Wait for a step and give its tokens to those of its requests that still run.
 
-        A step without tokens, in the middle of a prompt, is not waited for: a fault in it shows in the next.
+        A step without tokens is waited for when the next one is under way: a fault in it shows then.
         """
         try:
             if flight.problem is not None:

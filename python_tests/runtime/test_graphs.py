@@ -182,6 +182,23 @@ def test_only_what_changed_is_sent(monkeypatch):
     assert sent == [table]
 
 
+def test_a_step_that_cannot_be_recorded_runs_directly():
+    tries = []
+
+    def capture(step):
+        tries.append(step)
+        raise RuntimeError("no room for a graph")
+
+    bench, expected = fake(2, capture=capture), fake(2)
+    with pytest.warns(UserWarning, match="2 rows run without a graph: no room for a graph"):
+        bench.decode(bench.requests)
+    bench.decode(bench.requests)
+    for _ in range(2):
+        expected.eager(expected.requests)
+    assert len(tries) == 1
+    assert bench.tokens() == expected.tokens()
+
+
 def test_each_bucket_is_captured_once_and_may_be_run_for_that():
     captured = []
 

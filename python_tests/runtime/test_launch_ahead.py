@@ -69,6 +69,24 @@ class Hold:
             assert self.released.wait(20)
 
 
+def test_steps_without_tokens_are_waited_for_one_behind(monkeypatch):
+    """A long prompt in chunks: the host waits for the chunk before the one it has launched."""
+    log = []
+    fetch = worker.transfer.fetch
+
+    def logged(tensors):
+        length = int(tensors[0].max())
+        log.append(("launch", length))
+        read = fetch(tensors)
+        return lambda: (log.append(("wait", length)), read())[1]
+
+    monkeypatch.setattr(worker.transfer, "fetch", logged)
+    with make_engine(device=EMU, max_num_batched_tokens=8, max_num_seqs=2) as engine:
+        engine.submit(prompt(1, 30), greedy(1)).result()
+    chunks = [entry for entry in log if entry[1] in (8, 16, 24)]
+    assert chunks == [("launch", 8), ("launch", 16), ("wait", 8), ("launch", 24), ("wait", 16)]
+
+
 def test_a_step_is_launched_before_the_last_one_is_read():
     p = long_answer()
     with make_engine(device=EMU) as engine:
