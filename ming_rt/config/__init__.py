@@ -13,20 +13,36 @@ from ming_rt.config.audio import AudioConfig, SanmConfig, WhisperConfig, read_au
 from ming_rt.config.omni import OmniConfig
 from ming_rt.config.preprocessor import PreprocessorConfig
 from ming_rt.config.rope import RopeConfig, RopeType
+from ming_rt.config.speech import (
+    FlowConfig,
+    FlowEncoderConfig,
+    FlowEstimatorConfig,
+    SpeechConfig,
+    TalkerConfig,
+    VocoderConfig,
+    read_detokenizer,
+)
 from ming_rt.config.thinker import GENERATIONS, Generation, ThinkerConfig
 from ming_rt.config.vision import VisionConfig
 
 __all__ = [
     "GENERATIONS",
     "AudioConfig",
+    "FlowConfig",
+    "FlowEncoderConfig",
+    "FlowEstimatorConfig",
     "Generation",
     "OmniConfig",
     "PreprocessorConfig",
     "RopeConfig",
     "RopeType",
     "SanmConfig",
+    "SpeechConfig",
+    "TalkerConfig",
     "ThinkerConfig",
     "VisionConfig",
+    "VocoderConfig",
     "WhisperConfig",
     "read_audio",
+    "read_detokenizer",
 ]
