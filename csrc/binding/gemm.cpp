@@ -116,6 +116,7 @@ void linear_epilogue(py::object sums_, bool bf16_bias, bool gated, py::object bi
                      py::object residual_, py::object y_) {
   Call call("linear_epilogue");
   TensorView sums = call.dense("sums", sums_, {DType::f32}, {"M", "sums"});
+  call.expect(reinterpret_cast<uintptr_t>(sums.data) % 16 == 0, "sums: expected 16-byte alignment");
   LinearEpilogueParams p{
       outputs(call, bf16_bias ? DType::bf16 : DType::f32, gated, bias_, act, residual_, y_),
       sums.ptr<float>()};

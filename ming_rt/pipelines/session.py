@@ -168,21 +168,22 @@ class Session:
             ops.set_num_threads(threads)
         release = place.hold()
         try:
-            build = functools.partial(Omni, config)
-            checkpoint = Checkpoint(directory)
-            planned = weights.plan(build, checkpoint, compute, device=place, quant=quant)
-            if place.kind == "cuda":
-                memory = _memory_plan(place, share, planned.nbytes, config, compute, options)
-                options = _with_pages(options, thinker, compute, kv_bytes, max_model_len, memory)
-            bar = ProgressBar("loading") if progress else None
-            model = weights.load(
-                build, checkpoint, compute, device=place, quant=quant, progress=bar, planned=planned
-            )
-            if place.kind != "cuda":
-                options = _with_pages(options, thinker, compute, kv_bytes, max_model_len)
-            self._engine = Engine(
-                model, tokenizer, tokenizer.stop_ids(config.generation), compute, options, place
-            )
+            with place.current():
+                build = functools.partial(Omni, config)
+                checkpoint = Checkpoint(directory)
+                planned = weights.plan(build, checkpoint, compute, device=place, quant=quant)
+                if place.kind == "cuda":
+                    memory = _memory_plan(place, share, planned.nbytes, config, compute, options)
+                    options = _with_pages(options, thinker, compute, kv_bytes, max_model_len, memory)
+                bar = ProgressBar("loading") if progress else None
+                model = weights.load(
+                    build, checkpoint, compute, device=place, quant=quant, progress=bar, planned=planned
+                )
+                if place.kind != "cuda":
+                    options = _with_pages(options, thinker, compute, kv_bytes, max_model_len)
+                self._engine = Engine(
+                    model, tokenizer, tokenizer.stop_ids(config.generation), compute, options, place
+                )
         except BaseException:
             release()
             raise

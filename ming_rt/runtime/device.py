@@ -9,6 +9,7 @@ import platform
 import re
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,6 +38,10 @@ class Device:
 
     def __str__(self) -> str:
         return str(self.torch) if self.kind == "cuda" else self.kind
+
+    def current(self) -> AbstractContextManager[object]:
+        """Makes a GPU torch's current one for a while: pinned memory is allocated through it alone."""
+        return torch.cuda.device(self.torch) if self.kind == "cuda" else nullcontext()
 
     def hold(self) -> Callable[[], None]:
         """Directs the ops to this device's kernels until the function returned is called (once or more).
