@@ -32,7 +32,7 @@ def route_without_routers():
 
 def pack_of_many_rows():
     """2^31 rows that share one row of memory: n * k would pass any product of 32 bits."""
-    cpu.pack_weight(torch.zeros(1, 8).expand(1 << 31, 8), None, torch.zeros(64))
+    cpu.pack_weight(torch.zeros(1, 8).expand(1 << 31, 8), None, torch.zeros(64), None, 0)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def pack_of_many_rows():
     [
         (
             lambda: cpu.grouped_gemm_down(
-                torch.zeros(1, 4), torch.zeros(1, 0), i32(0), i32(0, 1), torch.zeros(1, 0)
+                torch.zeros(1, 4), torch.zeros(1, 0), None, 0, i32(0), i32(0, 1), 1, torch.zeros(1, 0), None
             ),
             "experts: expected 1 to 2.30 outputs and inputs, got n = 0",
         ),
@@ -78,7 +78,7 @@ def pack_of_many_rows():
         ),
         (
             lambda: cpu.linear(
-                torch.zeros(2, 8), torch.zeros(512), 1 << 40, False, None, 0, None, torch.zeros(2, 4)
+                torch.zeros(2, 8), torch.zeros(512), None, 0, 1 << 40, False, None, 0, None, torch.zeros(2, 4)
             ),
             "w: expected 1 to 2.30 outputs",
         ),
