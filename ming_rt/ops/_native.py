@@ -35,7 +35,10 @@ cuda_missing: str | None = None
 try:
     _modules["cuda"] = import_module("ming_rt._cuda")
 except ModuleNotFoundError:
-    cuda_missing = "this build of ming_rt has no CUDA kernels (nvcc was not found when it was built)"
+    cuda_missing = (
+        "this build of ming_rt has no CUDA kernels (they are built where nvcc is found and MING_RT_MODULES "
+        "does not leave them out)"
+    )
 except ImportError as error:
     cuda_missing = f"the CUDA kernels cannot be loaded ({error})"
 
@@ -77,12 +80,13 @@ def emulate(on: bool) -> None:
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """``emulate`` for a while."""
+    """``emulate`` for a while; goes back to what was before, so that it may be nested."""
+    before = is_emulating()
     emulate(True)
     try:
         yield
     finally:
-        emulate(False)
+        emulate(before)
 
 
 def on_device(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ming_rt.ops._native import kernels
-from ming_rt.ops.packed import PackedWeight, layout_of, pack_weight
+from ming_rt.ops.packed import PackedWeight, check_layout, layout_of, pack_weight
 
 RouterKind = Literal["softmax", "grouped_sigmoid"]
 
@@ -70,6 +70,7 @@ def moe_route(
     """
     if kind not in ("softmax", "grouped_sigmoid"):
         raise ValueError(f"moe_route: expected kind 'softmax' or 'grouped_sigmoid', got {kind!r}")
+    check_layout("moe_route", x, routers.layout)
     sigmoid = kind == "grouped_sigmoid"
     tokens = x.shape[0]
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=x.device)

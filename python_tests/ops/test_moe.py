@@ -257,6 +257,14 @@ def test_combine_sums_in_fp32(backend):
     assert ops.moe_combine(y, torch.ones(1, 3)).item() == 0.5
 
 
+def test_routers_of_another_device(backend, rng):
+    """64 experts take the same memory in both layouts: only the layout's name tells them apart."""
+    routers = make_routers(rng, 1, 64, 8)
+    routers.layout = "rows" if routers.layout == "panels" else "panels"
+    with pytest.raises(ValueError, match="moe_route: w: expected a weight packed on the device of x"):
+        ops.moe_route(torch.ones(2, 8), routers, kind="softmax", top_k=2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_routers(rng, dtype):
     routers = torch.randn(2, 5, 9, generator=rng).to(dtype)

@@ -178,6 +178,16 @@ def test_emulation_goes_on_for_whoever_began_it(emulation):
     assert emulation == [True, True, True]
 
 
+def test_emulated_goes_back_to_what_was_before(monkeypatch):
+    """Nested, or while a session on "emu" is open, it does not end what it did not begin."""
+    monkeypatch.setitem(sys.modules, "ming_rt._emu", SimpleNamespace())
+    with ops.emulated():
+        with ops.emulated():
+            assert ops.is_emulating()
+        assert ops.is_emulating()
+    assert not ops.is_emulating()
+
+
 def test_a_session_holds_the_emulation(emulation, demo_model):
     options = {"device": "emu", "dtype": "float32", "kv_bytes": 16 << 20}
     with ming_rt.load(demo_model("v1.5"), **options) as session:
