@@ -103,6 +103,19 @@ def test_quantised_weights(backend, rng, shape, source, quant):
 
 
 @pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("backend", DEVICES, indirect=True)
+def test_quantised_weights_keep_what_is_no_number(backend, rng, bad, quant):
+    """As NaN in the whole group, so that a broken checkpoint shows in the results."""
+    w = weight(rng, 2, 130, torch.float32)
+    w[1, 70] = bad
+    unpacked = ops.pack_weight(w, torch.bfloat16, quant=quant).unpack(torch.float32)
+    assert not unpacked[1, 64:128].isfinite().any()
+    unpacked[1, 64:128] = 0
+    assert unpacked.isfinite().all()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (65, 33), (31, 2), (40, 520), (20, 1088)])
 @pytest.mark.parametrize("backend", DEVICES, indirect=True)

@@ -52,14 +52,15 @@ __global__ void __launch_bounds__(kThreads) quantise_kernel(const PackParams p, 
   const bool inside = index < row_count(p.n, p.gated) * chunks;  // true or false for a group as a whole
   float values[kQuantStep] = {};
   if (inside) read_source<kQuantStep, S>(p, index / chunks, index % chunks * kQuantStep, wide, values);
-  float largest = 0;
+  // As bits, in the order of which a NaN is larger than all numbers: it must show, and spoils its group.
+  uint32_t largest = 0;
+  const auto take = [&](uint32_t other) { largest = other > largest ? other : largest; };
 #pragma unroll
-  for (int i = 0; i < kQuantStep; ++i) largest = fmaxf(largest, fabsf(values[i]));
+  for (int i = 0; i < kQuantStep; ++i) take(__float_as_uint(fabsf(values[i])));
 #pragma unroll
-  for (int bits = 1; bits < kGroupLanes; bits <<= 1)
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, bits));
+  for (int bits = 1; bits < kGroupLanes; bits <<= 1) take(__shfl_xor_sync(kAllLanes, largest, bits));
   if (!inside) return;
-  const bf16 stored = to_bf16(largest / kLevels);
+  const bf16 stored = to_bf16(__uint_as_float(largest) / kLevels);
   const float scale = to_float(stored);
   if (threadIdx.x % kGroupLanes == 0) static_cast<bf16*>(p.scales)[index / kGroupLanes] = stored;
   uint32_t q[kQuantStep];
