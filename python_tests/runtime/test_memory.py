@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,7 @@ def test_a_gpu_that_is_too_small_is_told_before_the_weights_are_read(monkeypatch
     place = Device("cuda", torch.device("cuda", 0), "GPU")
     monkeypatch.setattr(session, "resolve", lambda device: place)
     monkeypatch.setattr(session.weights, "load", lambda *a, **k: pytest.fail("the weights were read"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
     with pytest.raises(CapacityError, match=r"cuda:0 \(GPU\): a cache of 32 tokens needs .* for weights"):
