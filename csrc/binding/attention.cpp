@@ -143,7 +143,9 @@ void attention_paged(py::object q_, py::object k_, py::object v_, py::object tab
   p.v_head_stride = v.stride[1];
   p.v_token_stride = v.stride[2];
   p.batch = int32_t(batch);
-  if (q.shape[0] == 0) return;  // an empty table has no address, which would mean "not paged"
+  if (q.shape[0] == 0) return;
+  // An empty table has no address, which would mean "not paged".
+  call.expect(table.shape[1] > 0, "page_table: expected at least one page per sequence");
   call.run(MING_KERNEL(attention), p);
 }
 

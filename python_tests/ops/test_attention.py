@@ -370,6 +370,17 @@ def test_device_reports_wild_paged_values(backend, rng, dtype, name, row, value,
 
 
 @on_devices
+def test_device_refuses_a_table_without_pages(backend):
+    """It has no address, as keys outside of pages have no table: their kernels would read past the cache."""
+    pages = torch.zeros(1, 1, 1, 8)
+    for lens in (0, 600):
+        with pytest.raises(ValueError, match="attention_paged: page_table: expected at least one page"):
+            ops.attention_paged(
+                torch.zeros(600, 1, 8), pages, pages, ints().view(1, 0), ints(0, 600), ints(lens)
+            )
+
+
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cu", [(0, 3, 2, 4), (0, 5), (1, 4), (0, 3), (0, -9, 4), (0, 2**30, 4), (2**30, 4)])
 def test_device_reports_wild_segments(backend, rng, dtype, cu):
