@@ -14,17 +14,20 @@ namespace py = pybind11;
 namespace ming::binding {
 void register_attention(py::module_& m);
 void register_audio_bpe(py::module_& m);
+void register_conv(py::module_& m);
 void register_decode(py::module_& m);
 void register_embed(py::module_& m);
 void register_experts(py::module_& m);
 void register_gemm(py::module_& m);
 void register_group_norm(py::module_& m);
 void register_image(py::module_& m);
+void register_istft(py::module_& m);
 void register_moe(py::module_& m);
 void register_norm(py::module_& m);
 void register_resize(py::module_& m);
 void register_rope(py::module_& m);
 void register_sampling(py::module_& m);
+void register_sine_source(py::module_& m);
 void register_spectral(py::module_& m);
 
 #if MING_BACKEND_CUDA
@@ -58,14 +61,17 @@ PYBIND11_MODULE(MING_MODULE, m) {
 #endif
   binding::register_attention(m);
   binding::register_audio_bpe(m);
+  binding::register_conv(m);
   binding::register_decode(m);
   binding::register_embed(m);
   binding::register_experts(m);
   binding::register_gemm(m);
   binding::register_group_norm(m);
   binding::register_image(m);
+  binding::register_istft(m);
   binding::register_moe(m);
   binding::register_norm(m);
   binding::register_rope(m);
   binding::register_sampling(m);
+  binding::register_sine_source(m);
 }

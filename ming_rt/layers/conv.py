@@ -40,10 +40,18 @@ class Conv1d:
         """Frames that come out of ``frames``."""
         return (frames - self.kernel + sum(self.pad)) // self.stride + 1
 
-    def __call__(self, x: torch.Tensor, *, act: str | None = None, padded: bool = False) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
+        padded: bool = False,
+    ) -> torch.Tensor:
         """``[B, T, inputs]`` -> ``[B, length(T), outputs]``, items of a batch not next to each other.
 
-        ``padded``: x has its frames of zeros already.
+        ``residual``: shape of the result, added to it; for one item. ``padded``: x has its frames of zeros
+        already (``ops.conv_frames``: a dilated convolution is one of a batch of phases).
         """
         before, after = (0, 0) if padded else self.pad
         batch, frames, channels = x.shape
@@ -56,39 +64,57 @@ class Conv1d:
         per_item = (frames + rest) // self.stride
         count = per_item * (batch - 1) + out_frames
         windows = x.as_strided((count, self.kernel * channels), (self.stride * channels, 1))
-        y = ops.linear(windows, self.weight, self.bias, act=act)
+        if residual is not None:
+            (residual,) = residual
+        y = ops.linear(windows, self.weight, self.bias, act=act, residual=residual)
         outputs = y.shape[1]
         return y.as_strided((batch, out_frames, outputs), (per_item * outputs, outputs, 1))
 
 
 class ConvTranspose1d:
-    """Transposed convolution with kernel = 2 stride and padding stride / 2, so that T frames give T * stride.
+    """Transposed convolution with padding ``(kernel - stride) / 2``, so that T frames give T * stride.
 
-    One product: from a frame and its two neighbours come ``stride`` frames at once. Every other value of the
-    weight's outer thirds is zero, which is half as much again as the least work.
+    One product: ``stride`` neighbouring frames of the result, counted from the cut-off beginning, are sums
+    over ``ceil(kernel / stride)`` frames of x. Where the stride divides the kernel no less work would do.
+
+    Args:
+        kernel: None: 2 * stride.
     """
 
-    def __init__(self, src: WeightSource, name: str, inputs: int, outputs: int, stride: int) -> None:
-        weight = src.tensor(f"{name}.weight", (inputs, outputs, 2 * stride))
+    def __init__(
+        self, src: WeightSource, name: str, inputs: int, outputs: int, stride: int, kernel: int | None = None
+    ) -> None:
+        kernel = 2 * stride if kernel is None else kernel
+        weight = src.tensor(f"{name}.weight", (inputs, outputs, kernel))
         bias = src.tensor(f"{name}.bias", (outputs,), src.dtype)
-        # [stride, outputs, 3, inputs]: frame t puts tap k into frame t * stride + k - stride / 2.
-        spread = weight.new_zeros((stride, outputs, 3, inputs))
-        for tap in range(2 * stride):
-            later, phase = divmod(tap - stride // 2, stride)
-            spread[phase, :, 1 - later] = weight[:, :, tap].t()
-        self.weight = ops.pack_weight(spread.view(stride * outputs, 3 * inputs), src.dtype)
+        reach = -(-kernel // stride)
+        # [stride, outputs, reach, inputs]: frame t puts tap k into frame t * stride + k of the uncut result.
+        spread = weight.new_zeros((stride, outputs, reach, inputs))
+        for tap in range(kernel):
+            later, phase = divmod(tap, stride)
+            spread[phase, :, reach - 1 - later] = weight[:, :, tap].t()
+        self.weight = ops.pack_weight(spread.view(stride * outputs, reach * inputs), src.dtype)
         self.bias = bias.repeat(stride)
         self.stride = stride
+        self.cut = (kernel - stride) // 2
+        self.pad = (reach - 1, reach - 1)
+        """Frames of zeros that the product takes before and after."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, T, inputs]`` -> ``[B, T * stride, outputs]``, items of a batch not next to each other."""
+    def __call__(self, x: torch.Tensor, *, padded: bool = False) -> torch.Tensor:
+        """``[B, T, inputs]`` -> ``[B, T * stride, outputs]``, items of a batch not next to each other.
+
+        ``padded``: x has its frames of zeros already.
+        """
+        if not padded:
+            x = torch.nn.functional.pad(x, (0, 0, *self.pad))
+        x = x.contiguous()
         batch, frames, channels = x.shape
-        padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
-        windows = padded.as_strided((batch * (frames + 2) - 2, 3 * channels), (channels, 1))
+        reach = self.pad[0] + 1
+        windows = x.as_strided((batch * frames - self.pad[0], reach * channels), (channels, 1))
         y = ops.linear(windows, self.weight, self.bias)
         outputs = y.shape[1] // self.stride
-        shape = (batch, frames * self.stride, outputs)
-        return y.as_strided(shape, ((frames + 2) * y.shape[1], outputs, 1))
+        shape = (batch, (frames - 2 * self.pad[0]) * self.stride, outputs)
+        return y.as_strided(shape, (frames * y.shape[1], outputs, 1), self.cut * outputs)
 
 
 class DepthwiseConv1d:

@@ -25,6 +25,7 @@ from ming_rt.ops.audio_bpe import (
     audio_bpe_encode,
     audio_bpe_encode_torch,
 )
+from ming_rt.ops.conv import conv_frames, conv_frames_torch
 from ming_rt.ops.decode import advance, advance_torch
 from ming_rt.ops.embed import embed, embed_torch
 from ming_rt.ops.experts import (
@@ -46,6 +47,7 @@ from ming_rt.ops.image import (
     resize_u8,
     resize_u8_torch,
 )
+from ming_rt.ops.istft import Stft, istft, istft_torch, stft, stft_torch
 from ming_rt.ops.moe import (
     RouterWeights,
     moe_combine,
@@ -76,6 +78,7 @@ from ming_rt.ops.rope import (
     rope_table_torch,
 )
 from ming_rt.ops.sampling import ngram_bans, ngram_bans_torch, sample, sample_torch
+from ming_rt.ops.sine_source import sine_source, sine_source_torch
 from ming_rt.ops.spectral import (
     fbank,
     fbank_torch,
@@ -124,6 +127,7 @@ __all__ = [
     "ExpertWeights",
     "PackedWeight",
     "RouterWeights",
+    "Stft",
     "advance",
     "advance_torch",
     "attention_paged",
@@ -137,6 +141,8 @@ __all__ = [
     "available_isas",
     "axis_table",
     "check_device",
+    "conv_frames",
+    "conv_frames_torch",
     "cuda_missing",
     "embed",
     "embed_torch",
@@ -153,6 +159,8 @@ __all__ = [
     "inv_freq",
     "is_emulating",
     "isa",
+    "istft",
+    "istft_torch",
     "layer_norm",
     "layer_norm_torch",
     "lfr_cmvn",
@@ -200,4 +208,8 @@ __all__ = [
     "set_isa",
     "set_num_threads",
     "set_prefill_kernel",
+    "sine_source",
+    "sine_source_torch",
+    "stft",
+    "stft_torch",
 ]
