@@ -58,10 +58,18 @@ TABLE = {
     ("golden_mel_filters", torch.float32): Tolerance(1e-8, 0.0),
     ("golden_fbank", torch.float32): Tolerance(1e-3, 0.0),
     ("golden_lfr_cmvn", torch.float32): Tolerance(2e-4, 0.0),
+    ("golden_flow", torch.float32): Tolerance(5e-5, 0.0),
+    ("golden_flow_solved", torch.float32): Tolerance(2e-4, 0.0),  # after up to ten steps
     ("golden_pixels", torch.float32): Tolerance(1e-6, 0.0),
     ("golden_frames", torch.float32): Tolerance(1e-3, 0.0),
     ("golden_crossfade", torch.float32): Tolerance(1e-6, 0.0),
     ("golden_noise", torch.float32): Tolerance(1e-6, 0.0),  # the logarithm and cosine of another library
+    ("golden_f0", torch.float32): Tolerance(2e-4, 0.0),  # Hz, and what stands before the excitation
+    ("golden_source", torch.float32): Tolerance(1e-4, 0.0),
+    ("golden_vocoder", torch.float32): Tolerance(1e-3, 0.0),
+    # v1.5 recorded its phase as an fp32 sum times 480: float64 moves the wave by up to 5e-4.
+    ("golden_wave", torch.float32): Tolerance(5e-3, 0.0),
+    ("golden_transform", torch.float32): Tolerance(1e-6, 1e-5),
     ("golden_shares", torch.float32): Tolerance(1e-6, 0.0),  # probabilities
 }
 
@@ -69,6 +77,8 @@ TABLE = {
 # Float resizing with another order of summation: rounding ties move a pixel by one level.
 FRAME_LEVELS = 1  # largest difference of uint8 frames
 FRAME_SHARE = 0.005  # share of the pixels that may differ
+
+WAVE_RMS = 5e-4  # root of the mean square difference of v1.5's recorded waves
 
 
 # Whole models in bf16 against the same weights in fp32: relative L2 error.
