@@ -7,16 +7,15 @@ import functools
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 import torch
 
 from ming_rt import ops
-from ming_rt.config import GENERATIONS, Generation, OmniConfig, ThinkerConfig
+from ming_rt.config import GENERATIONS, Generation, OmniConfig
 from ming_rt.errors import (
-    CapacityError,
     ConfigError,
     EngineClosedError,
     InvalidRequestError,
@@ -35,9 +34,7 @@ from ming_rt.runtime.checkpoint import Checkpoint
 from ming_rt.runtime.device import Device, cuda_reason, resolve
 from ming_rt.runtime.engine import Engine, EngineOptions, EngineStats
 from ming_rt.runtime.handle import Handle
-from ming_rt.runtime.kv_cache import KVCache
-from ming_rt.runtime.memory import available_memory
-from ming_rt.runtime.planner import MemoryPlan, activation_bytes
+from ming_rt.runtime.planner import memory_plan, page_bytes, with_pages
 from ming_rt.runtime.progress import ProgressBar
 from ming_rt.runtime.request import SamplingParams
 
@@ -49,9 +46,6 @@ PAGE_SIZE = 32
 BATCHED_TOKENS = {"cpu": 512, "emu": 512, "cuda": 4096}
 MAX_THREADS = 1024  # of the kernels' thread pool
 # On the CPU:
-KV_SHARE = 0.25  # of the free memory
-KV_LEAST = 64 << 20  # where hardly anything is free; pages take memory only when they are used
-KV_SEQUENCES = 4  # of full length that the cache should hold, if that is less
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 # Options of a prompt and their types; None = not given.
@@ -173,14 +167,14 @@ class Session:
                 checkpoint = Checkpoint(directory)
                 planned = weights.plan(build, checkpoint, compute, device=place, quant=quant)
                 if place.kind == "cuda":
-                    memory = _memory_plan(place, share, planned.nbytes, config, compute, options)
-                    options = _with_pages(options, thinker, compute, kv_bytes, max_model_len, memory)
+                    memory = memory_plan(place, share, planned.nbytes, config, compute, options)
+                    options = with_pages(options, thinker, compute, kv_bytes, max_model_len, memory)
                 bar = ProgressBar("loading") if progress else None
                 model = weights.load(
                     build, checkpoint, compute, device=place, quant=quant, progress=bar, planned=planned
                 )
                 if place.kind != "cuda":
-                    options = _with_pages(options, thinker, compute, kv_bytes, max_model_len)
+                    options = with_pages(options, thinker, compute, kv_bytes, max_model_len)
                 self._engine = Engine(
                     model, tokenizer, tokenizer.stop_ids(config.generation), compute, options, place
                 )
@@ -200,7 +194,7 @@ class Session:
             parts=("thinker", *(["vision"] if config.vision else []), *sorted(config.audio)),
             max_model_len=self._engine.max_model_len,
             kv_tokens=options.num_pages * PAGE_SIZE,
-            kv_bytes=options.num_pages * _page_bytes(thinker, compute),
+            kv_bytes=options.num_pages * page_bytes(thinker, compute, PAGE_SIZE),
         )
 
     @overload
@@ -347,61 +341,6 @@ def _check_build(device: str, dtype: str, tp: int, quant: str | None) -> tuple[D
         reason = cuda_reason() if device == "auto" else f"device is {device!r}"
         raise UnsupportedError(f"quant: found {quant!r}, which needs a GPU, but {reason}")
     return place, DTYPES[dtype]
-
-
-def _memory_plan(
-    place: Device,
-    utilization: float,
-    weight_bytes: int,
-    config: OmniConfig,
-    dtype: torch.dtype,
-    options: EngineOptions,
-) -> MemoryPlan:
-    """Where the memory of a GPU will go, as it is used now."""
-    torch.cuda.empty_cache()  # what earlier sessions of this process left behind
-    free, total = torch.cuda.mem_get_info(place.torch)
-    return MemoryPlan(
-        device=f"{place} ({place.name})",
-        total=total,
-        used=total - free,
-        utilization=utilization,
-        weights=weight_bytes,
-        activations=activation_bytes(config, dtype, options.max_num_batched_tokens, options.max_num_seqs),
-        media=options.media_cache_bytes,
-    )
-
-
-def _page_bytes(thinker: ThinkerConfig, dtype: torch.dtype) -> int:
-    return PAGE_SIZE * KVCache.bytes_per_token(
-        thinker.num_hidden_layers, thinker.num_key_value_heads, thinker.head_dim, dtype
-    )
-
-
-def _with_pages(
-    options: EngineOptions,
-    thinker: ThinkerConfig,
-    dtype: torch.dtype,
-    kv_bytes: int | None,
-    max_model_len: int | None,
-    plan: MemoryPlan | None = None,
-) -> EngineOptions:
-    """The options with a KV cache as large as asked for, or as a GPU's plan or the host's memory allow."""
-    per_page = _page_bytes(thinker, dtype)
-    length = max_model_len or thinker.rope.max_position_embeddings
-    needed = -(-length // PAGE_SIZE) * per_page
-    if plan is None:
-        free = max(int(available_memory() * KV_SHARE), KV_LEAST)
-        budget = kv_bytes or min(free, KV_SEQUENCES * needed)
-    else:
-        least = kv_bytes or (needed if max_model_len else per_page)
-        plan.check(least, f"a cache of {least // per_page * PAGE_SIZE} tokens")
-        budget = kv_bytes or min(plan.kv, options.max_num_seqs * needed)
-    if max_model_len is not None and budget < needed:
-        raise CapacityError(
-            f"max_model_len: {max_model_len} tokens need {needed} bytes of KV cache, got {budget}; "
-            "expected a larger kv_bytes or fewer tokens"
-        )
-    return replace(options, num_pages=max(budget // per_page, 1), max_model_len=length)
 
 
 def _check_names(options: Mapping[str, Any], known: Sequence[str]) -> None:

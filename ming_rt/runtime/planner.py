@@ -1,18 +1,25 @@
-"""How a GPU's memory is shared out before the first weight is read."""
+"""How memory is shared out: a GPU's before the first weight is read, the host's KV cache after the last."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ming_rt.config import OmniConfig, SanmConfig, ThinkerConfig, VisionConfig, WhisperConfig
 from ming_rt.errors import CapacityError
+from ming_rt.runtime.device import Device
+from ming_rt.runtime.kv_cache import KVCache
+from ming_rt.runtime.memory import available_memory
+from ming_rt.runtime.options import EngineOptions
 
 RESERVE = 512 << 20  # kernels' code and scratch, the buffers of decode graphs, unusable gaps
 # Patches of one video with the pixels that flash takes by default. A request may ask for more, and fails
 # alone if the memory does not suffice.
 MEDIUM_PATCHES = 49152
+KV_SHARE = 0.25  # of the host's free memory
+KV_LEAST = 64 << 20  # where hardly anything is free; pages take memory only when they are used
+KV_SEQUENCES = 4  # of full length that the host's cache should hold, if that is less
 RECORDING_FRAMES = {"whisper": 15000, "sanm": 5000}  # encoder frames of a recording of 300 s
 
 
@@ -49,6 +56,67 @@ class MemoryPlan:
                 f"weights, {self.activations} for activations, {self.media} for encoded media and "
                 f"{self.reserve} in reserve"
             )
+
+
+def memory_plan(
+    place: Device,
+    utilization: float,
+    weight_bytes: int,
+    config: OmniConfig,
+    dtype: torch.dtype,
+    options: EngineOptions,
+) -> MemoryPlan:
+    """Where the memory of a GPU will go, as it is used now."""
+    torch.cuda.empty_cache()  # what earlier sessions of this process left behind
+    free, total = torch.cuda.mem_get_info(place.torch)
+    return MemoryPlan(
+        device=f"{place} ({place.name})",
+        total=total,
+        used=total - free,
+        utilization=utilization,
+        weights=weight_bytes,
+        activations=activation_bytes(config, dtype, options.max_num_batched_tokens, options.max_num_seqs),
+        media=options.media_cache_bytes,
+    )
+
+
+def page_bytes(thinker: ThinkerConfig, dtype: torch.dtype, page_size: int) -> int:
+    """Bytes of one KV page over all layers."""
+    return page_size * KVCache.bytes_per_token(
+        thinker.num_hidden_layers, thinker.num_key_value_heads, thinker.head_dim, dtype
+    )
+
+
+def with_pages(
+    options: EngineOptions,
+    thinker: ThinkerConfig,
+    dtype: torch.dtype,
+    kv_bytes: int | None,
+    max_model_len: int | None,
+    plan: MemoryPlan | None = None,
+) -> EngineOptions:
+    """The options with a KV cache as large as asked for, or as a GPU's plan or the host's memory allow.
+
+    Raises:
+        CapacityError: the plan leaves too little, or ``kv_bytes`` does not hold ``max_model_len`` tokens.
+    """
+    size = options.page_size
+    per_page = page_bytes(thinker, dtype, size)
+    length = max_model_len or thinker.rope.max_position_embeddings
+    needed = -(-length // size) * per_page
+    if plan is None:
+        free = max(int(available_memory() * KV_SHARE), KV_LEAST)
+        budget = kv_bytes or min(free, KV_SEQUENCES * needed)
+    else:
+        least = kv_bytes or (needed if max_model_len else per_page)
+        plan.check(least, f"a cache of {least // per_page * size} tokens")
+        budget = kv_bytes or min(plan.kv, options.max_num_seqs * needed)
+    if max_model_len is not None and budget < needed:
+        raise CapacityError(
+            f"max_model_len: {max_model_len} tokens need {needed} bytes of KV cache, got {budget}; "
+            "expected a larger kv_bytes or fewer tokens"
+        )
+    return replace(options, num_pages=max(budget // per_page, 1), max_model_len=length)
 
 
 def activation_bytes(config: OmniConfig, dtype: torch.dtype, tokens: int, sequences: int) -> int:

@@ -13,6 +13,7 @@ from ming_rt.config import OmniConfig
 from ming_rt.demo import config_dict, preprocessor_dict
 from ming_rt.errors import CapacityError
 from ming_rt.pipelines import session
+from ming_rt.runtime import planner
 from ming_rt.runtime.device import Device
 from ming_rt.runtime.memory import available_memory
 from ming_rt.runtime.options import EngineOptions
@@ -101,10 +102,10 @@ def gpu(monkeypatch):
         config = OmniConfig.from_dict(config_dict("v1.5"), preprocessor_dict("v1.5"))
         asked = EngineOptions(page_size=session.PAGE_SIZE)
         place = Device("cuda", torch.device("cuda", 0), "GPU")
-        plan = session._memory_plan(place, 0.9, 2_000_000_000, config, torch.bfloat16, asked)
+        plan = planner.memory_plan(place, 0.9, 2_000_000_000, config, torch.bfloat16, asked)
         assert (plan.total, plan.used, plan.reserve) == (24_000_000_000, 24_000_000_000 - free, RESERVE)
         limits = (options.get("kv_bytes"), options.get("max_model_len"))
-        return session._with_pages(asked, config.thinker, torch.bfloat16, *limits, plan)
+        return planner.with_pages(asked, config.thinker, torch.bfloat16, *limits, plan)
 
     return pretend
 
