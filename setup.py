@@ -6,8 +6,10 @@ of ``cpu``, ``cuda`` and ``emu`` (the CUDA sources compiled for the CPU, for tes
 """
 
 import fcntl
+import functools
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -63,15 +65,27 @@ HOPPER_FLAGS = [
 ]
 
 
+LEAST_CUDA = (12, 0)  # knows sm_90a
+
+
+@functools.cache
 def nvcc():
-    """Path of CUDA's compiler: $NVCC, $CUDA_HOME/bin, the PATH, the usual place; None without one."""
+    """Path of CUDA's compiler: $NVCC, $CUDA_HOME/bin, the PATH, the usual place; None without a recent one."""
     places = [
         os.environ.get("NVCC"),
         os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"),
         "nvcc",
         "/usr/local/cuda/bin/nvcc",
     ]
-    return next((found for place in places if place and (found := shutil.which(place))), None)
+    path = next((found for place in places if place and (found := shutil.which(place))), None)
+    if path is None:
+        return None
+    answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"release (\d+)\.(\d+)", answer)
+    if version is None or tuple(map(int, version.groups())) < LEAST_CUDA:
+        print(f"{path} is not nvcc 12.0 or newer: the CUDA kernels are left out", file=sys.stderr)
+        return None
+    return path
 
 
 @dataclass(frozen=True)
@@ -194,7 +208,9 @@ default {ninja_escape(target)}
             (build / "build.ninja").write_text(text)
             jobs = os.environ.get("MAX_JOBS")
             command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), *(["-j", jobs] if jobs else [])]
-            subprocess.run(command, check=True)
+            if subprocess.run(command, check=False).returncode:
+                hint = "; MING_RT_MODULES=cpu builds without CUDA kernels" if module == "cuda" else ""
+                sys.exit(f"building {ext.name} failed{hint}")
 
 
 setup(
