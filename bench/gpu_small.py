@@ -167,6 +167,22 @@ def audio_bpe(i: Inputs) -> object:
     return [codes[: int(cu_codes[-1])], cu_codes]
 
 
+def vocoder(i: Inputs) -> object:
+    """Its ops, with frames in phases and sizes that are no multiples of a block's."""
+    f32 = torch.float32
+    x, alpha = i.normal(3, 7, 20, dtype=f32), i.normal(20, dtype=f32)
+    snake = ops.conv_frames([x, x], 19, act="snake", alpha=alpha, pad=(4, 4), dilation=2)
+    f0, noise, mix = i.normal(5, scale=200, dtype=f32), i.normal(9, 5 * 63, dtype=f32), i.normal(9, dtype=f32)
+    options = {"amplitude": 0.1, "sigma": 0.003, "threshold": 10.0}
+    sources = [
+        ops.sine_source(f0, noise, mix, mix[:1], 24000, interpolated=mode, **options)[0]
+        for mode in (False, True)
+    ]
+    plan = ops.Stft.make(16, 4, i.device)
+    wave = ops.istft(i.normal(140, 18, dtype=f32), plan, limit=100.0, bound=0.99, log_sine=True)
+    return [snake, *sources, ops.stft(wave, plan), wave]
+
+
 CASES: dict[str, Small] = {
     "norms": norms,
     "rope": rope,
@@ -186,6 +202,7 @@ CASES: dict[str, Small] = {
     "sampling": sampling,
     "the rest": rest,
     "audio tokens": audio_bpe,
+    "vocoder": vocoder,
 }
 
 

@@ -167,7 +167,7 @@ class Stage:
         tap(f"source_resblocks_{self.index}", source)
         if self.last:  # a frame in front, mirrored
             up = torch.cat([up[:, 1:2], up], dim=1)
-        x = source.add_(up)
+        x = source + up
         results = [block(x) for block in self.blocks]
         for index, result in enumerate(results, self.first_block):
             tap(f"resblocks_{index}", result)
