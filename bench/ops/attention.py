@@ -19,6 +19,13 @@ ENCODERS = [
     ("whisper 1500", 20, 64, 1500, 1),
     ("sanm 500", 4, 128, 500, 1),
 ]
+# tag, items, frames of each, chunk (None: full attention), bias of relative positions; 8 heads of 64
+FLOWS = [
+    ("flow full 200", 2, 200, None, False),
+    ("flow full 860", 2, 860, None, False),
+    ("flow chunks 500/50", 2, 500, 50, False),
+    ("flow encoder 250", 1, 250, None, True),
+]
 THINKERS = [("lite", 16, 4, 128), ("flash", 32, 4, 128)]
 PREFILL = [(128, 128), (512, 512), (2048, 2048), (512, 2048)]  # queries, keys
 DECODE = [(context, batch) for context in (128, 1024, 8192) for batch in (1, 4, 16)]
@@ -50,8 +57,36 @@ def gathered(q, k, v, table, cu, lengths):
     return q.view(batch, -1, *q.shape[1:]).transpose(1, 2).contiguous(), k, v
 
 
+def flow_cases(generator: torch.Generator) -> Iterator[Case]:
+    """The flow model's, in fp32: guidance as a batch of two, chunks, and a bias that rows share in memory."""
+    device, heads, dim = generator.device, 8, 64
+    for tag, items, frames, chunk, biased in FLOWS:
+        qkv = torch.randn(items * frames, 3, heads, dim, generator=generator, device=device)
+        q, k, v = qkv.unbind(1)
+        ends = [min(end, frames) for end in range(chunk or frames, frames + (chunk or 1), chunk or frames)]
+        cu = [0, *(item * frames + end for item in range(items) for end in ends)]
+        keys = [(item * frames, item * frames + end) for item in range(items) for end in ends]
+        cu, keys = (torch.tensor(x, dtype=torch.int32, device=device) for x in (cu, keys))
+        options = {"keys": keys}
+        if biased:
+            wide = torch.randn(heads, frames, 2 * frames - 1, generator=generator, device=device)
+            strides = (wide.stride(0), wide.stride(1) - 1, 1)
+            options["bias"] = wide.as_strided((heads, frames, frames), strides, frames - 1)
+        pairs = int(((keys[:, 1] - keys[:, 0]) * cu.diff()).sum())
+        yield Case(
+            "attention_varlen",
+            tag,
+            "fp32",
+            lambda: ops.attention_varlen(q, k, v, cu, **options),  # noqa: B023
+            lambda: ops.attention_varlen_torch(q, k, v, cu, **options),  # noqa: B023
+            bytes=qkv.nbytes * 4 // 3,
+            flops=4 * pairs * heads * dim,
+        )
+
+
 def cases(generator: torch.Generator) -> Iterator[Case]:
     """Against scaled_dot_product_attention; the paged rows gather the pages for it first."""
+    yield from flow_cases(generator)
     for name, dtype in DTYPES.items():
         for tag, heads, dim, length, segments in ENCODERS:
             if name == "fp32" and length > 2000:
