@@ -365,7 +365,8 @@ def _read_encoder(
 def _read_estimator(decoder: Fields, causal: bool) -> tuple[FlowEstimatorConfig, tuple[str, ...]]:
     kind = "CausalConditionalDecoder" if causal else "ConditionalDecoder"
     _, estimator = _object(decoder, "estimator", kind)
-    channels = _integers(estimator, "channels", hi=1 << 14)
+    # The causal one has convolutions of stride 1 alone: one level.
+    channels = _integers(estimator, "channels", 1 if causal else None, hi=1 << 14)
     if not causal and any(width % 8 for width in channels):
         raise estimator.fail("channels", "multiples of 8, the groups of a norm")
     estimator.choice("act_fn", ("gelu",))
