@@ -34,7 +34,7 @@ class F0Predictor:
 
     In fp64: the excitation's phase adds the pitch up over a whole piece, so that rounding here would pass
     through every later stage and make waves differ from one instruction set or device to the next. It is a
-    hundredth of the vocoder's work.
+    hundredth of the vocoder's arithmetic.
     """
 
     def __init__(self, config: VocoderConfig, src: WeightSource, name: str = "f0_predictor") -> None:
@@ -96,21 +96,26 @@ class ResBlock:
         self, src: WeightSource, name: str, channels: int, kernel: int, dilations: tuple[int, ...]
     ) -> None:
         normed = WeightNormed(src)
-        self.dilations = dilations
-        self.convs, self.alphas = (
-            [[make(f"{name}.{kind}{half}.{pair}") for half in (1, 2)] for pair in range(len(dilations))]
-            for kind, make in (
-                ("convs", lambda part: Conv1d(normed, part, channels, channels, kernel)),
-                ("activations", lambda part: src.tensor(f"{part}.alpha", (channels,), torch.float32)),
+
+        def conv(part: str) -> Conv1d:
+            return Conv1d(normed, f"{name}.{part}", channels, channels, kernel)
+
+        def alpha(part: str) -> torch.Tensor:
+            return src.tensor(f"{name}.{part}.alpha", (channels,), torch.float32)
+
+        self.pairs = [
+            (
+                dilation,
+                (alpha(f"activations1.{k}"), conv(f"convs1.{k}")),
+                (alpha(f"activations2.{k}"), conv(f"convs2.{k}")),
             )
-        )
+            for k, dilation in enumerate(dilations)
+        ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[1, T, channels]`` -> the same shape."""
         frames = x.shape[1]
-        for dilation, (wide, narrow), (first, second) in zip(
-            self.dilations, self.convs, self.alphas, strict=True
-        ):
+        for dilation, (first, wide), (second, narrow) in self.pairs:
             pad = tuple(dilation * side for side in wide.pad)
             y = wide(ops.conv_frames(x, act="snake", alpha=first, pad=pad, dilation=dilation), padded=True)
             y = ops.conv_frames(y, frames, act="snake", alpha=second, pad=narrow.pad)
