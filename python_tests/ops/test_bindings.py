@@ -57,6 +57,20 @@ def pack_of_many_rows():
             "expected a stack and a stride",
         ),
         (
+            lambda: cpu.conv_frames([torch.zeros(1, 2, 4)], 2, 3, None, 0.0, 1.0, 0, torch.zeros(1, 2, 4)),
+            "expected an activation of 0..2",
+        ),
+        (
+            lambda: cpu.conv_frames([torch.zeros(1, 2, 4)], 2, 0, None, 0.0, 1.0, 1, torch.zeros(1, 2, 4)),
+            "expected padding of 0 frames or more",
+        ),
+        (
+            lambda: cpu.istft(
+                torch.zeros(3, 18), torch.zeros(16, 18), torch.zeros(16), 1, 1.0, 1.0, False, torch.zeros(2)
+            ),
+            "hop: expected an eighth to a half",
+        ),
+        (
             lambda: cpu.resize_u8(u8(4, 0, 3), u8(2, 0, 3), None, None, None, i32(0, 1), i32(1, 1)[:, None]),
             "out: expected at least one pixel",
         ),
