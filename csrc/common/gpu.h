@@ -45,6 +45,9 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Only the emulation says so: a device faults by itself.
+__device__ __forceinline__ void expect_aligned(const void*, size_t) {}
+
 // Copies 16 bytes to shared memory without registers, or fills them with zeros; both addresses 16-byte
 // aligned.
 __device__ __forceinline__ void cp_async16(void* to, const void* from, bool valid) {
@@ -72,12 +75,6 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(uint32_t(__cvta_generic_to_shared(row)))
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(uint32_t(__cvta_generic_to_shared(row)))
                : "memory");
 }
@@ -164,10 +161,12 @@ struct alignas(sizeof(T) * Count) Vec {
 };
 template <int Count, typename T>
 __device__ __forceinline__ Vec<T, Count> load(const T* from) {
+  expect_aligned(from, sizeof(Vec<T, Count>));
   return *reinterpret_cast<const Vec<T, Count>*>(from);
 }
 template <int Count, typename T>
 __device__ __forceinline__ void store(T* to, const Vec<T, Count>& values) {
+  expect_aligned(to, sizeof(values));
   *reinterpret_cast<Vec<T, Count>*>(to) = values;
 }
 // 16 or 8 bytes that are read once: they pass the first cache by, and may be read ahead of stores.
@@ -175,6 +174,7 @@ template <typename V>
 __device__ __forceinline__ V load_once(const void* from) {
   static_assert(sizeof(V) == 8 || sizeof(V) == 16);
   V v;
+  expect_aligned(from, sizeof(V));
 #if defined(MING_EMU)
   std::memcpy(&v, from, sizeof(V));
 #else

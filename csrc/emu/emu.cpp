@@ -353,6 +353,11 @@ int lane() {
   return machine.current % 32;
 }
 
+void expect_aligned(const void* at, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes != 0)
+    give_up("a vector of " + std::to_string(bytes) + " bytes at an address that is no multiple of that");
+}
+
 void* shared_block(const void* key, size_t bytes) {
   for (const Shared& s : machine.shared)
     if (s.key == key) return s.at;

@@ -6,6 +6,7 @@
 //   - shared memory is an allocation of its exact size per block, filled with NaN: AddressSanitizer sees an
 //     overrun, a test sees a value nobody wrote;
 //   - cp.async data arrive at the wait and not earlier;
+//   - a vector whose address is no multiple of its size ends the launch with an error;
 //   - MING_EMU_SEED=n takes warps and lanes in another order and lets a warp go on as far as it comes before
 //     the next one runs, so that a missing barrier shows. Without it all threads advance together.
 //
@@ -51,13 +52,7 @@ struct dim3 {
 inline uint2 make_uint2(uint32_t x, uint32_t y) {
   return {x, y};
 }
-inline float2 make_float2(float x, float y) {
-  return {x, y};
-}
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
-  return {x, y, z, w};
-}
-inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
 }
 
@@ -79,6 +74,7 @@ const unsigned char* exchange(const void* value, size_t bytes, uint32_t lane_mas
                               int line);
 uint32_t members();  // the lanes that took part in this lane's last exchange
 int lane();
+void expect_aligned(const void* at, size_t bytes);  // ends the launch unless `at` is a multiple of `bytes`
 
 void* shared_block(const void* key, size_t bytes);  // one allocation per block and key
 void* dynamic_shared();
@@ -140,11 +136,6 @@ T __shfl_up_sync(uint32_t mask, T value, int delta, int width = 32, MING_HERE) {
   const int lane = ::ming::emu::lane(), first = lane & ~(width - 1);
   return ::ming::emu::shuffle(value, lane - delta < first ? lane : lane - delta, mask, file, line);
 }
-template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, int delta, int width = 32, MING_HERE) {
-  const int lane = ::ming::emu::lane(), end = (lane & ~(width - 1)) + width;
-  return ::ming::emu::shuffle(value, lane + delta >= end ? lane : lane + delta, mask, file, line);
-}
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, MING_HERE) {
   const uint32_t vote = predicate != 0;
   const unsigned char* votes = ::ming::emu::exchange(&vote, sizeof(vote), mask, file, line);
@@ -153,14 +144,6 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, MING_HERE) {
     if (::ming::emu::members() >> i & 1) result |= uint32_t(votes[32 * i] & 1) << i;
   return result;
 }
-inline int __any_sync(uint32_t mask, int predicate, MING_HERE) {
-  return __ballot_sync(mask, predicate, file, line) != 0;
-}
-inline int __all_sync(uint32_t mask, int predicate, MING_HERE) {
-  return __ballot_sync(mask, !predicate, file, line) == 0;
-}
-inline void __threadfence() {}
-
 inline int __popc(uint32_t x) {
   return __builtin_popcount(x);
 }
@@ -186,42 +169,11 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return result;
 }
-inline float rsqrtf(float x) {
-  return 1.0f / std::sqrt(x);
-}
-inline float __frcp_rn(float x) {
-  return 1.0f / x;
-}
-inline float __fmul_rn(float a, float b) {
-  return a * b;
-}
-inline float __fadd_rn(float a, float b) {
-  return a + b;
-}
-
 // Fibers switch only at barriers and warp operations: a plain read and write is atomic.
 template <typename T>
 T atomicAdd(T* at, T value) {
   const T old = *at;
   *at = old + value;
-  return old;
-}
-template <typename T>
-T atomicMax(T* at, T value) {
-  const T old = *at;
-  if (value > old) *at = value;
-  return old;
-}
-template <typename T>
-T atomicMin(T* at, T value) {
-  const T old = *at;
-  if (value < old) *at = value;
-  return old;
-}
-template <typename T>
-T atomicExch(T* at, T value) {
-  const T old = *at;
-  *at = value;
   return old;
 }
 template <typename T>
@@ -252,7 +204,11 @@ T atomicOr(T* at, T value) {
 
 namespace ming::gpu {
 
+using emu::expect_aligned;
+
 inline void cp_async16(void* to, const void* from, bool valid) {
+  expect_aligned(to, 16);
+  if (valid) expect_aligned(from, 16);
   emu::async_copy(to, valid ? from : nullptr, 16);
 }
 inline void cp_async_commit() {
@@ -266,6 +222,7 @@ void cp_async_wait() {
 // Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 inline void ldmatrix_rows(uint32_t* r, int count, const void* row, bool transposed, const char* file,
                           int line) {
+  expect_aligned(row, 16);
   const unsigned char* rows = emu::exchange(&row, sizeof(row), 0xffffffffu, file, line);
   const int lane = emu::lane();
   for (int m = 0; m < count; ++m) {
@@ -284,9 +241,6 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, MING_HERE) {
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, MING_HERE) {
   ldmatrix_rows(r, 4, row, true, file, line);
-}
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, MING_HERE) {
-  ldmatrix_rows(r, 2, row, false, file, line);
 }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, MING_HERE) {
   ldmatrix_rows(r, 2, row, true, file, line);

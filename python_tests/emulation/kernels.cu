@@ -61,6 +61,15 @@ __global__ void background_copy(const float* in, float* out, bool wait) {
   for (int i = 0; i < 8; ++i) out[i * kThreads + threadIdx.x] = (&tile[0][0])[i * kThreads + threadIdx.x];
 }
 
+// Four floats at an address that only one float may have.
+__global__ void misaligned(float* values, bool in_background) {
+  MING_SHARED(float, tile, [4]);
+  if (in_background)
+    cp_async16(tile, values + 1, true);
+  else
+    store(values + 1, load<4>(values));
+}
+
 __global__ void overrun(int by) {
   MING_DYNAMIC_SHARED(float, memory);
   memory[threadIdx.x + by] = 1;
@@ -109,6 +118,9 @@ int run(const std::string& name) {
       right += copied[i] == (i < 4 * kThreads || place < 50 ? in[i] : 0.0f);
     }
     print({right});
+  } else if (name == "misaligned" || name == "misaligned_copy") {
+    alignas(16) float values[8] = {};
+    MING_LAUNCH(misaligned, dim3(1), 32, 0, nullptr, values, name == "misaligned_copy");
   } else if (name == "overrun") {
     MING_LAUNCH(overrun, dim3(1), kThreads, kThreads * sizeof(float), nullptr, 1);
   } else if (name == "too_much_shared") {

@@ -61,6 +61,13 @@ def test_divergence_is_an_error_and_no_hang(program, name, message):
     assert "kernels.cu:" in done.stderr or name == "too_much_shared"
 
 
+@pytest.mark.parametrize("name", ["misaligned", "misaligned_copy"])
+def test_a_misaligned_vector_is_an_error(program, name):
+    done = run(program, name)
+    assert done.returncode == 1
+    assert "misaligned: block (0, 0, 0), thread 0: a vector of 16 bytes at an address" in done.stderr
+
+
 def test_threads_that_left_are_not_waited_for(program):
     out = [int(x) for x in run(program, "early_exit").stdout.split()]
     assert out == [32] * 64 + [6] * 6 + [-7] * 26

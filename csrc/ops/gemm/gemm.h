@@ -20,9 +20,8 @@
 //                        q = clamp(round half to even(w / scale)) within +-127 or +-7; scale 0: q = 0.
 //                        int8: one byte per q. int4: byte j holds q of k = 2j in the low and of 2j + 1 in the
 //                        high half, both as q + 8. The weight is scale * q, exact in fp32.
-// Sums are fp32, in an order fixed by K alone within each of the two regimes, few rows (heuristics.h: a
-// weight is streamed once per 8 rows) and many rows (tiles): there a row's result depends on nothing but that
-// row.
+// Sums are fp32, in an order fixed by K alone within each of the two regimes, few rows (a weight is streamed)
+// and many rows (tiles), see heuristics.h: there a row's result depends on nothing but that row.
 #pragma once
 
 #include <cstdint>

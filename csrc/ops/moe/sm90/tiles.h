@@ -1,10 +1,10 @@
 // Block tiles of the Hopper grouped products, and which one a load gets.
 //
-// | tile | rows x outputs x k | stages | kernel | for |
-// |---|---|---:|---|---|
-// | flat | 64 x 256 x 64 | 5 | pingpong: a warpgroup stores while the other multiplies | few rows per expert:
-// weights are read once, less padding | | tall | 128 x 256 x 64 | 4 | cooperative: two warpgroups share a
-// tile | many rows: half the shared-memory fills per product |
+// Rows x outputs x k:
+//   flat  64 x 256 x 64, 5 stages, pingpong: a warpgroup stores while the other multiplies. For few rows per
+//         expert: weights are read once, less padding.
+//   tall  128 x 256 x 64, 4 stages, cooperative: two warpgroups share a tile. For many rows: half the
+//         shared-memory fills per product.
 //
 // Lite's widths (2816, 2048) and flash's (2048, 4096) are multiples of 256. An expert's last tile is half
 // empty on average, so tall tiles waste 64 rows per expert and flat ones 32; from 192 rows per expert the
