@@ -70,7 +70,7 @@ LEAST_CUDA = (12, 0)  # knows sm_90a
 
 @functools.cache
 def nvcc():
-    """Path of CUDA's compiler: $NVCC, $CUDA_HOME/bin, the PATH, the usual place; None without a recent one."""
+    """CUDA's compiler: $NVCC, $CUDA_HOME/bin, the PATH, the usual place; None without a recent one."""
     places = [
         os.environ.get("NVCC"),
         os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"),
