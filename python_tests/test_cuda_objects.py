@@ -16,8 +16,12 @@ from ming_rt import ops
 
 GENERAL, HOPPER = "sm_80", "sm_90a"
 # Kernels that may use local memory, with the reason.
+TABLE = "the range reduction of large angles indexes a table"
 LOCAL_MEMORY = {
-    "rope_table": "the range reduction of large angles indexes a table",
+    "rope_table": TABLE,
+    "conv_frames": TABLE,
+    "sine_source": TABLE,
+    "istft": TABLE,
     "attention_plain": "the form for any dtype, head_dim and stride; bfloat16 models run on tensor cores",
 }
 

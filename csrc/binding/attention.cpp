@@ -74,6 +74,7 @@ void attention_varlen(py::object q_, py::object k_, py::object v_, py::object cu
   TensorView keys = keys_.is_none() ? TensorView{} : call.dense("keys", keys_, {DType::i32}, {"B", "2"});
   TensorView bias = call.optional("bias", bias_, {DType::f32}, {"Hq", "N", "K"});
   call.expect(keys || !bias, "bias: expected keys beside it");
+  call.expect(!bias || bias.shape[2] > 0, "bias: expected at least one column");
   TensorView out = call.tensor("out", out_, {q.dtype}, {"N", "Hq", "D"});
   AttentionParams p = heads_params(call, q, out, scale);
   check_offsets(call, "cu_seqlens", cu, q.shape[0]);

@@ -468,6 +468,16 @@ def test_a_segment_without_keys_gives_zeros(backend, rng, dtype):
     assert_close(out[4:], reference(q[4:], k, v, causal=False))
 
 
+@pytest.mark.parametrize("keys", [6, 600])
+def test_a_row_that_excludes_every_key_gives_zeros(backend, rng, keys):
+    q, k, v = (torch.randn(n, 2, 16, generator=rng) for n in (3, keys, keys))
+    bias = torch.zeros(2, 3, keys)
+    bias[:, 1] = -torch.inf
+    out = ops.attention_varlen(q, k, v, ints(0, 3), keys=ints((0, keys)), bias=bias)
+    assert not out[1].any()
+    assert_close(out[::2], reference(q[::2], k, v, causal=False))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -480,6 +490,7 @@ def test_a_segment_without_keys_gives_zeros(backend, rng, dtype):
             "bias: expected a column for each of the 8 keys of sequence 1, got 7",
         ),
         ({"bias": torch.zeros(1, 4, 8)}, "bias: expected shape"),
+        ({"bias": torch.zeros(2, 4, 0)}, "bias: expected at least one column"),
         (
             {"keys": None, "k": torch.zeros(4, 2, 8), "v": torch.zeros(4, 2, 8)},
             "bias: expected keys beside it",

@@ -5,9 +5,10 @@
 // Varlen: sequence b is rows [cu_q[b], cu_q[b+1]) of q, k and v; every query sees every key of its segment.
 // With `keys` it sees rows [keys[b, 0], keys[b, 1]) of k and v instead, which other sequences may see as
 // well: chunks of one sequence, each with all that came before it. bias: fp32, varlen only, otherwise 0; j
-// counts from the first key that the sequence sees. A sequence that sees no key gives zeros. Paged: sequence
-// b holds kv_lens[b] keys in the pages page_table[b, :]; its queries are its last tokens, rows [cu_q[b],
-// cu_q[b+1]) of q, and the query of token t sees keys 0..t. Prefill chunk and decode are the same op.
+// counts from the first key that the sequence sees. A row without a key to see, or with a bias of -inf for
+// each of them, is zeros. Paged: sequence b holds kv_lens[b] keys in the pages page_table[b, :]; its queries
+// are its last tokens, rows [cu_q[b], cu_q[b+1]) of q, and the query of token t sees keys 0..t. Prefill chunk
+// and decode are the same op.
 //
 // Scores, softmax and accumulation are fp32; with bfloat16 inputs the AVX-512 form multiplies bfloat16 pairs
 // and rounds the softmax weights to bfloat16 before the product with v. Keys are taken in spans of kSpan at
@@ -24,9 +25,9 @@
 //   - more queries: tiles of rows, keys in order from 0.
 // Both follow from the sequence, and so do the bits of its rows: they do not depend on other sequences (but
 // for a call with as many sequences as rows, one of them longer), the page size or the device's size. Rows
-// that go by tiles have the same bits chunked or whole. Nothing is
-// read on the host: a wrong offset, length or page is reported (common/device_status.h); a sequence with a
-// wrong length, or with kv_len 0, gives zeros, a wrong page counts as keys and values of zero.
+// that go by tiles have the same bits chunked or whole. Nothing is read on the host: a wrong offset, length
+// or page is reported (common/device_status.h); a sequence with a wrong length, or with kv_len 0, gives zeros,
+// a wrong page counts as keys and values of zero.
 #pragma once
 
 #include <cstdint>

@@ -100,7 +100,8 @@ struct Partial {
 void merge(const Partial& into, const Partial& from, int dp, int row_begin, int row_end) {
   for (int r = row_begin; r < row_end; ++r) {
     const float m = into.max[r] > from.max[r] ? into.max[r] : from.max[r];
-    float weights[VF] = {into.max[r] - m, from.max[r] - m};
+    const float shift = m == -std::numeric_limits<float>::infinity() ? 0.0f : m;
+    float weights[VF] = {into.max[r] - shift, from.max[r] - shift};
     vstore(weights, vexp2(vload(weights)));
     const vf a = vset(weights[0]), b = vset(weights[1]);
     into.max[r] = m;
@@ -119,7 +120,7 @@ void finish(const Sequence<T>& seq, const Partial& total, int dp) {
       std::memset(y, 0, size_t(dim) * sizeof(T));
       continue;
     }
-    const vf norm = vset(1.0f / total.sum[r]);
+    const vf norm = vset(total.sum[r] == 0 ? 0.0f : 1.0f / total.sum[r]);
     const float* x = total.out + int64_t(r) * dp;
     for (int i = 0; i < dim; i += VF) vstore_n(y + i, vload(x + i) * norm, dim - i);
   }

@@ -5,6 +5,8 @@
 // ascending order whatever the tile shape, so an element never depends on the rows computed next to it.
 #pragma once
 
+#include <limits>
+
 #include "common/simd.h"
 #include "common/transpose.h"
 
@@ -152,7 +154,8 @@ inline void softmax_row(const float* s, int len, int width, float scale, float* 
     m1 = vmax(m1, vload(tail));
   }
   const float top = vmaxall(vmax(m0, m1)) * scale;
-  const vf c = vset(scale), shift = vset(-top);
+  const bool empty = top == -std::numeric_limits<float>::infinity();  // a bias may exclude every key
+  const vf c = vset(scale), shift = vset(empty ? 0.0f : -top);
   vf sums[4] = {vzero(), vzero(), vzero(), vzero()};
   i = 0;
   for (; i + 4 * VF <= whole; i += 4 * VF)
