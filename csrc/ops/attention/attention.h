@@ -26,8 +26,8 @@
 // Both follow from the sequence, and so do the bits of its rows: they do not depend on other sequences (but
 // for a call with as many sequences as rows, one of them longer), the page size or the device's size. Rows
 // that go by tiles have the same bits chunked or whole. Nothing is read on the host: a wrong offset, length
-// or page is reported (common/device_status.h); a sequence with a wrong length, or with kv_len 0, gives zeros,
-// a wrong page counts as keys and values of zero.
+// or page is reported (common/device_status.h); a sequence with a wrong length, or with kv_len 0, gives
+// zeros, a wrong page counts as keys and values of zero.
 #pragma once
 
 #include <cstdint>
