@@ -10,31 +10,12 @@ from safetensors.torch import save_file
 from tolerances import assert_close
 
 from ming_rt import ops
+from ming_rt.bench.ops.vocoder import CONFIG as V15
 from ming_rt.config.speech import VocoderConfig
 from ming_rt.errors import WeightsError
 from ming_rt.models.vocoder import Vocoder
 from ming_rt.runtime.weights import Checkpoint, PlanSource, RandomSource, RecordingSource, load
 
-V15 = VocoderConfig(
-    in_channels=80,
-    base_channels=512,
-    nb_harmonics=8,
-    sampling_rate=24000,
-    nsf_alpha=0.1,
-    nsf_sigma=0.003,
-    nsf_voiced_threshold=10.0,
-    upsample_rates=(8, 5, 3),
-    upsample_kernel_sizes=(16, 11, 7),
-    n_fft=16,
-    hop_len=4,
-    resblock_kernel_sizes=(3, 7, 11),
-    resblock_dilation_sizes=((1, 3, 5),) * 3,
-    source_resblock_kernel_sizes=(7, 7, 11),
-    source_resblock_dilation_sizes=((1, 3, 5),) * 3,
-    lrelu_slope=0.1,
-    audio_limit=0.99,
-    f0_channels=512,
-)
 V1 = replace(
     V15,
     sampling_rate=22050,
